@@ -1,0 +1,166 @@
+"""The command `gpustore`: inspect, verify, cpu. Errors are one sentence and exit code 1."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from gpustore import errors, tree
+from gpustore.julia import ArraySpec, LostArray, OpaqueFunction, Struct
+from gpustore.load import StoredFile, Verification, open_file
+
+_MAX_CHILDREN = 60  # of one list; the rest is counted
+_MAX_WIDTH = 100
+_FILE = click.Path()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gpustore")
+def cli() -> None:
+    """Look into, check and convert the .bson model files of gpustore and Julia."""
+
+
+@cli.command()
+@click.argument("file", type=_FILE)
+def inspect(file: str) -> None:
+    """Show what FILE holds, without loading arrays: names, dtypes, shapes, devices, bytes."""
+    with open_file(file) as stored:
+        click.echo(f"{stored.path}: {_size(stored.nbytes)}, {stored.origin}")
+        value = stored.value(make_array=lambda spec, path: spec)
+        entries = value.items() if type(value) is dict else [("(the file)", value)]
+        seen: set[int] = set()
+        for name, child in entries:
+            for line in _lines(str(name), child, 0, seen):
+                click.echo(line)
+        click.echo(_summary(stored, value))
+
+
+def _lines(label: str, node: Any, depth: int, seen: set[int]) -> Iterator[str]:
+    """Yield the lines of one node and all below it; a shared container is shown once."""
+    indent = "  " * depth
+    below = tree.children(node) if not isinstance(node, (ArraySpec, LostArray)) else []
+    if not below:
+        yield f"{indent}{label}: {_leaf(node)}"
+        return
+    if id(node) in seen:
+        yield f"{indent}{label}: {_title(node)} (shared, shown above)"
+        return
+    seen.add(id(node))
+    yield f"{indent}{label}: {_title(node)}"
+    for suffix, child in below[:_MAX_CHILDREN]:
+        yield from _lines(suffix.removeprefix("."), child, depth + 1, seen)
+    if len(below) > _MAX_CHILDREN:
+        yield f"{indent}  ... {len(below) - _MAX_CHILDREN} more"
+
+
+def _title(node: Any) -> str:
+    if isinstance(node, (dict, list, tuple)) and not hasattr(node, "_fields"):
+        return f"{type(node).__name__} of {len(node)}"
+    if isinstance(node, Struct):
+        return _short(repr(node.type))
+    if isinstance(node, OpaqueFunction):
+        return f"Julia function {node!r}"
+    return type(node).__name__
+
+
+def _leaf(node: Any) -> str:
+    if isinstance(node, ArraySpec):
+        order = "row-major, " if node.order == "C" else ""
+        return f"{node.dtype} {node.shape}, {order}{node.device}, {_size(node.nbytes)}"
+    if isinstance(node, LostArray):
+        return f"{node.element_type} {node.shape}, values lost on the GPU"
+    if isinstance(node, OpaqueFunction):
+        return f"Julia function {node!r}"
+    if callable(node) and hasattr(node, "__name__"):
+        return str(node.__name__)
+    return _short(repr(node))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_WIDTH else text[: _MAX_WIDTH - 3] + "..."
+
+
+def _size(nbytes: int) -> str:
+    size = float(nbytes)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{nbytes} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+def _summary(stored: StoredFile, value: Any) -> str:
+    total = sum(entry.nbytes for entry in stored.arrays)
+    lost = sum(isinstance(node, LostArray) for _, node in tree.walk(value))
+    text = f"{len(stored.arrays)} arrays, {_size(total)}. Loads without a GPU: "
+    if lost:
+        return text + (
+            f"no, {lost} arrays were saved from the GPU as pointers; their values are lost "
+            "(load the rest with lost='placeholder')"
+        )
+    if stored.tags:
+        tags = ", ".join(f"{count} arrays on {tag}" for tag, count in stored.tags.items())
+        return text + f"only with device='cpu' ({tags}); `gpustore cpu` makes a file that does"
+    return text + "yes"
+
+
+@cli.command()
+@click.argument("file", type=_FILE)
+def verify(file: str) -> None:
+    """Check every digest of FILE; exit code 1 and the damaged parts where one differs."""
+    with open_file(file) as stored:
+        found = stored.verify()
+    if not found:
+        raise errors.IntegrityError(
+            f"{file}: damaged: {', '.join(found.damaged)}; restore the file from a copy"
+        )
+    click.echo(f"{file}: {_verdict(found)}")
+
+
+def _verdict(found: Verification) -> str:
+    if not found.has_structure_digest and not found.arrays:
+        return "no digests in this file (Julia writes none): nothing to verify"
+    return f"ok, {found.arrays} arrays" + (" and the structure" * found.has_structure_digest)
+
+
+@cli.command()
+@click.argument("file", type=_FILE)
+@click.option("-o", "--output", required=True, type=_FILE, help="The file to write.")
+def cpu(file: str, output: str) -> None:
+    """Write FILE without its device tags: a file that loads on every machine. Needs no GPU."""
+    with open_file(file) as stored:
+        value = stored.value(make_array=lambda spec, path: spec)
+        lost = [path for path, node in tree.walk(value, "file") if isinstance(node, LostArray)]
+        if lost:
+            raise errors.DeviceDataLostError(
+                f"{file}: the values of {len(lost)} arrays are not in the file (Julia saved GPU "
+                "pointers); save cpu(model) in Julia"
+            )
+        stored.save_for_cpu(output)
+    click.echo(f"{output}: written, {len(stored.arrays)} arrays for the CPU")
+
+
+def main() -> None:
+    """Run the command; every error ends as one sentence on stderr and exit code 1."""
+    try:
+        code = cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = _fail("interrupted")
+    except click.ClickException as error:
+        code = _fail(error.format_message())
+    except MemoryError as error:
+        code = _fail(f"out of memory: {error}")
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 1
+    except (errors.GpustoreError, OSError) as error:
+        code = _fail(str(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(sentence: str) -> int:
+    click.echo("gpustore: " + " ".join(sentence.split()), err=True)
+    return 1

@@ -1,0 +1,283 @@
+"""Julia's concepts as plain data: symbols, types, structs and arrays, named as BSON.jl names them.
+
+Nothing here is ever executed or resolved: a type is a name with parameters. `lift.py` makes these
+from a document, `lower.py` makes a document from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gpustore.document import Slot
+from gpustore.errors import FormatError, OpaqueCodeError
+
+_LEAF = {"leaf": True}  # tree.py does not look inside fields that are marked so
+
+
+class Symbol(str):
+    """A Julia Symbol: a string that is written back as a symbol.
+
+    >>> Symbol("weight")
+    Symbol('weight')
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"Symbol({str.__repr__(self)})"
+
+    __str__ = str.__str__
+
+
+class NamedTuple(dict[str, Any]):
+    """A Julia NamedTuple: a dict that is written back as one."""
+
+    def __repr__(self) -> str:
+        return f"NamedTuple({super().__repr__()})"
+
+
+@dataclass(frozen=True, slots=True)
+class JuliaType:
+    """The name of a Julia type, `("Core", "Array")`, and its parameters, as the file spells them.
+
+    >>> JuliaType.named("Core.Array", JuliaType.named("Core.Float32"), 2)
+    Core.Array{Core.Float32, 2}
+    """
+
+    path: tuple[str, ...]
+    params: tuple[Any, ...] = ()
+
+    @classmethod
+    def named(cls, name: str, *params: Any) -> JuliaType:
+        """Return the type of this dotted name; a `#` begins a function's name, dots and all."""
+        module, mark, function = name.partition("#")
+        path = tuple(module.split("."))
+        return cls((*path[:-1], path[-1] + mark + function) if mark else path, params)
+
+    @property
+    def name(self) -> str:
+        """The dotted name; `Main.` before Core or Base, as BSON.jl writes it, is left out."""
+        path = self.path
+        if len(path) > 2 and path[0] == "Main" and path[1] in ("Core", "Base"):
+            path = path[1:]
+        return ".".join(path)
+
+    def __repr__(self) -> str:
+        params = ", ".join(map(repr, self.params))
+        return self.name + (f"{{{params}}}" if params else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The file a value came from: its `_backrefs`, and how to read the bytes of a slot."""
+
+    name: str
+    backrefs: list[Any]
+    read: Callable[[Slot], bytes]
+
+    def resolve(self, node: Any, path: str) -> Any:
+        """Follow backrefs (1-based into `_backrefs`) to what they stand for."""
+        steps = 0
+        while type(node) is dict and node.get("tag") == "backref" and "ref" in node:
+            number = node["ref"]
+            if not isinstance(number, int) or not 0 < number <= len(self.backrefs):
+                raise self.malformed(
+                    path, f"expected a backref from 1 to {len(self.backrefs)}, found {number!r}"
+                )
+            steps += 1
+            if steps > len(self.backrefs):
+                raise self.malformed(path, "a backref refers to itself")
+            node = self.backrefs[number - 1]
+        return node
+
+    def malformed(self, path: str, what: str) -> FormatError:
+        return FormatError(f"{self.name}: {path or 'the file'}: {what}; the file is damaged")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpaqueDocument:
+    """A tagged document that is kept as it came: types with free variables, modules, code."""
+
+    document: dict[str, Any] = field(metadata=_LEAF)
+    source: Source = field(metadata=_LEAF)
+
+    def __repr__(self) -> str:
+        return f"OpaqueDocument({self.document.get('tag')!r})"
+
+
+@dataclass(slots=True, eq=False)
+class Struct:
+    """A Julia struct with no Python twin: `data` by position, or the raw bytes of a primitive.
+
+    `fields` are the names where they are known (files do not hold them): `struct.lr` is then
+    the value of that field, and `struct.data[0]` always the first one.
+    """
+
+    type: JuliaType | OpaqueDocument = field(metadata=_LEAF)
+    data: list[Any] | bytes
+    fields: tuple[str, ...] | None = field(default=None, metadata=_LEAF)
+
+    def __getattr__(self, name: str) -> Any:
+        fields = object.__getattribute__(self, "fields")
+        if fields is not None and name in fields:
+            return self.data[fields.index(name)]
+        raise AttributeError(f"{self.type!r} has no field known as {name!r}; use .data[i]")
+
+    def __repr__(self) -> str:
+        if isinstance(self.data, bytes):
+            return f"Struct({self.type!r}, {self.data!r})"
+        return f"Struct({self.type!r}, {len(self.data)} fields)"
+
+
+@dataclass(slots=True, eq=False)
+class JuliaArray:
+    """An array of elements that NumPy has no dtype for: raw column-major memory, or a list."""
+
+    element_type: Any = field(metadata=_LEAF)
+    shape: tuple[int, ...] = field(metadata=_LEAF)
+    data: list[Any] | bytes
+
+
+@dataclass(slots=True, eq=False)
+class OpaqueFunction:
+    """A Julia function that has no Python twin, whole: named, or anonymous with its code.
+
+    `captured` are the values a closure holds. Calling it raises OpaqueCodeError.
+    """
+
+    type: JuliaType | OpaqueDocument = field(metadata=_LEAF)
+    captured: list[Any]
+    __name__: str = field(default="", metadata=_LEAF)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.type, JuliaType):
+            self.__name__ = self.type.name.replace("#", "", 1)
+        else:
+            self.__name__ = _anonymous_name(self.type)
+
+    def __repr__(self) -> str:
+        return self.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise OpaqueCodeError(
+            f"{self.__name__}: this is Julia code from the file, which is never executed; put a "
+            "Python function in its place, for example chain.layers = (*chain[:2], f, *chain[3:])"
+        )
+
+
+def _anonymous_name(kept: OpaqueDocument) -> str:
+    """Return the name of an anonymous function, such as `#3`, from its TypeName's second field."""
+    typename = kept.source.resolve(kept.document.get("typename"), "jl_anonymous")
+    fields = typename.get("data") if isinstance(typename, dict) else None
+    symbol = fields[1] if isinstance(fields, list) and len(fields) > 1 else None
+    name = symbol.get("name") if isinstance(symbol, dict) else None
+    return name if isinstance(name, str) else "#anonymous"
+
+
+@dataclass(slots=True, eq=False)
+class LostArray:
+    """An array that Julia saved from the GPU: its type and shape are in the file, its values not.
+
+    `struct` is what the file holds in its place: a device pointer of a process long gone.
+    """
+
+    type: JuliaType = field(metadata=_LEAF)
+    shape: tuple[int, ...] = field(metadata=_LEAF)
+    struct: Struct = field(metadata=_LEAF)
+
+    @property
+    def element_type(self) -> str:
+        return repr(self.type.params[0]) if self.type.params else "unknown"
+
+    def __repr__(self) -> str:
+        return f"LostArray({self.type.name}, {self.element_type}, shape={self.shape})"
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """What an array document says, checked: `payload` holds `nbytes` of `dtype` in `order`.
+
+    order: "F" column-major, "C" row-major (the parent of a PermutedDimsArray). device: the tag.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    order: str
+    device: str
+    payload: bytes | Slot
+    digest: bytes | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.payload.nbytes if isinstance(self.payload, Slot) else len(self.payload)
+
+
+# --- element types ----------------------------------------------------------------------------
+
+_NATIVE = {
+    "Core.Bool": "?", "Core.Int8": "i1", "Core.Int16": "<i2", "Core.Int32": "<i4",
+    "Core.Int64": "<i8", "Core.UInt8": "u1", "Core.UInt16": "<u2", "Core.UInt32": "<u4",
+    "Core.UInt64": "<u8", "Core.Float16": "<f2", "Core.Float32": "<f4", "Core.Float64": "<f8",
+}  # fmt: skip
+_COMPLEX = {"Core.Float32": "<c8", "Core.Float64": "<c16"}
+_FOREIGN = {  # read under these names, of the packages that define them
+    "Core.BFloat16": "bfloat16", "BFloat16s.BFloat16": "bfloat16",
+    "DLFP8Types.Float8_E4M3FN": "float8_e4m3fn", "DLFP8Types.Float8_E5M2": "float8_e5m2",
+    "DLFP8Types.Float8_E4M3FNUZ": "float8_e4m3fnuz", "DLFP8Types.Float8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+_DTYPES = {JuliaType.named(name): np.dtype(code) for name, code in _NATIVE.items()}
+_DTYPES |= {
+    JuliaType.named("Base.Complex", JuliaType.named(name)): np.dtype(code)
+    for name, code in _COMPLEX.items()
+}
+_ELEMENT_TYPES = {dtype: julia_type for julia_type, dtype in _DTYPES.items()}
+_DTYPES_BY_SPELLING = {repr(julia_type): dtype for julia_type, dtype in _DTYPES.items()}
+_CARRIERS = {1: "Core.UInt8", 2: "Core.UInt16", 8: "Core.Int64"}  # by bytes of an element
+
+
+def extension_dtype(name: str) -> np.dtype[Any] | None:
+    """Return the dtype of this name that Julia has no type for: of ml_dtypes, or a time's."""
+    if name.startswith(("datetime64[", "timedelta64[")):
+        try:
+            return np.dtype(name)
+        except TypeError:
+            return None
+    import ml_dtypes
+
+    scalar = getattr(ml_dtypes, name, None)
+    if isinstance(scalar, type) and issubclass(scalar, np.generic):
+        return np.dtype(scalar)
+    return None
+
+
+def dtype_of(element_type: Any) -> np.dtype[Any] | None:
+    """Return the NumPy dtype whose memory is that of this Julia element type, or None."""
+    if not isinstance(element_type, JuliaType):
+        return None
+    spelling = repr(element_type)
+    dtype = _DTYPES_BY_SPELLING.get(spelling)
+    if dtype is None and spelling in _FOREIGN:
+        return extension_dtype(_FOREIGN[spelling])
+    return dtype
+
+
+def element_type_of(dtype: np.dtype[Any]) -> tuple[JuliaType, str | None] | None:
+    """Return the Julia element type a dtype is written as, and the dtype's name where that is lost.
+
+    bfloat16, the float8 kinds and datetime64 are written as integers of the same size beside
+    their name, so that a Julia without the package that defines them still reads the file. None
+    where the dtype cannot be saved.
+    """
+    dtype = dtype.newbyteorder("<")
+    known = _ELEMENT_TYPES.get(dtype)
+    if known is not None:
+        return known, None
+    if dtype.kind in "mM":
+        return JuliaType.named("Core.Int64"), dtype.name
+    if extension_dtype(dtype.name) == dtype and dtype.itemsize in _CARRIERS:
+        return JuliaType.named(_CARRIERS[dtype.itemsize]), dtype.name
+    return None

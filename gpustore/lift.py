@@ -1,0 +1,431 @@
+"""Document -> Python values: BSON.jl's tags become values; nothing a file names is ever resolved.
+
+A backref is followed when it is met and gives the same object each time, so that sharing and
+cycles of the file are those of the result. A type that has no Python twin stays what it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpustore import flux
+from gpustore.digest import DIGEST_NBYTES
+from gpustore.document import Slot
+from gpustore.errors import FormatError
+from gpustore.julia import (
+    ArraySpec,
+    JuliaArray,
+    JuliaType,
+    LostArray,
+    NamedTuple,
+    OpaqueDocument,
+    OpaqueFunction,
+    Source,
+    Struct,
+    Symbol,
+    dtype_of,
+    extension_dtype,
+)
+
+MAX_RANK = 32
+RESERVED = ("_backrefs", "_gpustore")
+_GPU_ARRAYS = ("CuArray", "ROCArray", "MtlArray", "oneArray")
+_UNIX_EPOCH_DAYS = 719163  # 1970-01-01 in days from 0000-12-31, where Julia's dates begin
+_DICTS = ("Base.Dict", "Base.IdDict", "Core.Dict")
+_OPAQUETAGS = ("unionall", "ref", "svec", "jl_anonymous", "jl_bottom_type")
+
+
+class Lifter:
+    """Lifts the parts of one document; `make_array(spec, path)` builds each array."""
+
+    def __init__(
+        self,
+        document: dict[str, Any],
+        make_array: Callable[[ArraySpec, str], Any],
+        read: Callable[[Slot], bytes],
+        name: str,
+    ) -> None:
+        backrefs = document.get("_backrefs", [])
+        if not isinstance(backrefs, list):
+            raise FormatError(f"{name}: _backrefs: expected a list")
+        self.source = Source(name, backrefs, read)
+        self.resolve, self.malformed = self.source.resolve, self.source.malformed
+        self.make_array, self.read, self.name = make_array, read, name
+        self.memo: dict[int, Any] = {}  # id of a document or list -> its value
+        self.types: dict[Any, JuliaType] = {}
+
+    # --- dispatch ---
+
+    def value(self, node: Any, path: str) -> Any:
+        """Return the Python value of a node of the document."""
+        kind = type(node)
+        if kind is dict:
+            return self.tagged(node, path)
+        if kind is list:
+            return self.elements(node, path)
+        if kind in (str, float, bool, type(None)):
+            return node
+        if kind is int:
+            return np.int32(node)
+        if isinstance(node, int):
+            return int(node)
+        if isinstance(node, (bytes, Slot)):
+            spec = ArraySpec(np.dtype("u1"), (_nbytes(node),), "F", "cpu", node, None)
+            return self.make_array(spec, path)
+        raise FormatError(
+            f"{self.name}: {path}: found a value of type {kind.__name__}, which BSON.jl never "
+            "writes; this is a MongoDB document: read it with PyMongo or bsondump"
+        )
+
+    def elements(self, node: list[Any], path: str) -> list[Any]:
+        if id(node) in self.memo:
+            known: list[Any] = self.memo[id(node)]
+            return known
+        values: list[Any] = []
+        self.memo[id(node)] = values
+        values.extend(self.value(child, f"{path}[{i}]") for i, child in enumerate(node))
+        return values
+
+    def tagged(self, node: dict[str, Any], path: str) -> Any:
+        node = self.resolve(node, path)
+        if type(node) is not dict:
+            return self.value(node, path)
+        if id(node) in self.memo:
+            return self.memo[id(node)]
+        tag = node.get("tag")
+        lift = TAGS.get(tag) if isinstance(tag, str) else None
+        if lift is None:
+            return self.mapping(node, path)
+        value = self.memo[id(node)] = lift(self, node, path)
+        return value
+
+    def bytes_of(self, binary: bytes | Slot) -> bytes:
+        return self.read(binary) if isinstance(binary, Slot) else binary
+
+    def field(self, node: dict[str, Any], key: str, kind: type | tuple[Any, ...], path: str) -> Any:
+        found = self.resolve(node.get(key), path)
+        if not isinstance(found, kind):
+            what = "nothing" if key not in node else type(found).__name__
+            raise self.malformed(path, f"`{key}` of a {node['tag']} document is {what}")
+        return found
+
+    def mapping(self, node: dict[str, Any], path: str) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        self.memo[id(node)] = values
+        for key, child in node.items():
+            values[key] = self.value(child, f"{path}[{key!r}]")
+        return values
+
+    def entries(self, document: dict[str, Any], names: tuple[str, ...] | None) -> dict[str, Any]:
+        """Return the top-level entries of these names (all of them for None)."""
+        return {
+            key: self.value(child, key)
+            for key, child in document.items()
+            if key not in RESERVED and (names is None or key in names)
+        }
+
+    # --- tags ---
+
+    def symbol(self, node: dict[str, Any], path: str) -> Symbol:
+        return Symbol(self.field(node, "name", str, path))
+
+    def tuple_of(self, node: dict[str, Any], path: str) -> tuple[Any, ...]:
+        parts = self.field(node, "data", list, path)
+        return tuple(self.value(child, f"{path}[{i}]") for i, child in enumerate(parts))
+
+    def opaque(self, node: dict[str, Any], path: str) -> OpaqueDocument:
+        return OpaqueDocument(node, self.source)
+
+    def datatype(self, node: dict[str, Any], path: str) -> JuliaType | OpaqueDocument:
+        names = node.get("name")
+        if not isinstance(names, list) or not all(isinstance(part, str) for part in names):
+            raise self.malformed(path, "`name` of a datatype document is not a list of strings")
+        params = self.resolve(node.get("params", []), path)
+        if not params and isinstance(params, list):
+            spelling = tuple(names)
+            if spelling not in self.types:
+                self.types[spelling] = JuliaType(spelling)
+            return self.types[spelling]
+        lifted = self.type_params(params, path)
+        return OpaqueDocument(node, self.source) if lifted is None else JuliaType(tuple(names), lifted)
+
+    def type_params(self, params: Any, path: str) -> tuple[Any, ...] | None:
+        """Lift type parameters, which BSON.jl packs as an array where they share a bits type.
+
+        None stands for an array of elements that have no dtype here.
+        """
+        if isinstance(params, list):
+            return tuple(self.value(param, path) for param in params)
+        if isinstance(params, dict) and params.get("tag") == "array":
+            spec = self.array_spec(params, path)
+            if isinstance(spec, ArraySpec):
+                return tuple(np.frombuffer(self.bytes_of(spec.payload), spec.dtype).tolist())
+            return None
+        raise self.malformed(path, "the parameters of a datatype document are not a list")
+
+    def array(self, node: dict[str, Any], path: str) -> Any:
+        spec = self.array_spec(node, path)
+        if node.get("python") == "bytes" and isinstance(spec, ArraySpec):
+            return self.bytes_of(spec.payload)
+        return self.make_array(spec, path) if isinstance(spec, ArraySpec) else spec
+
+    def array_spec(self, node: dict[str, Any], path: str) -> ArraySpec | JuliaArray:
+        """Check an array document against its own payload."""
+        shape = self.shape(node, path)
+        element_type = self.value(self.field(node, "type", dict, path), path)
+        payload = self.field(node, "data", (bytes, Slot, list), path)
+        dtype = self.dtype(node, element_type, path)
+        if dtype is None or isinstance(payload, list):
+            if isinstance(payload, list):
+                array = self.memo[id(node)] = JuliaArray(element_type, shape, [])
+                array.data = self.elements(payload, path)
+                return array
+            return JuliaArray(element_type, shape, self.bytes_of(payload))
+        expected, found = math.prod(shape) * dtype.itemsize, _nbytes(payload)
+        if expected != found:
+            raise self.malformed(
+                path, f"expected {expected} bytes for {dtype} {shape}, found {found}"
+            )
+        device, digest = node.get("device", "cpu"), node.get("blake3")
+        if not isinstance(device, str):
+            raise self.malformed(path, f"the device tag is {device!r}")
+        if digest is not None:
+            if not isinstance(digest, (bytes, Slot)) or _nbytes(digest) != DIGEST_NBYTES:
+                raise self.malformed(path, f"the digest is not of {DIGEST_NBYTES} bytes")
+            digest = self.bytes_of(digest)
+        return ArraySpec(dtype, shape, "F", device, payload, digest)
+
+    def shape(self, node: dict[str, Any], path: str) -> tuple[int, ...]:
+        sizes = self.field(node, "size", list, path)
+        for size in sizes:
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**62:
+                raise self.malformed(path, f"the size of an array is {sizes!r}")
+        if len(sizes) > MAX_RANK:
+            raise self.malformed(path, f"expected at most {MAX_RANK} dimensions, not {len(sizes)}")
+        shape = tuple(int(size) for size in sizes)
+        if math.prod(size for size in shape if size) >= 2**62:
+            raise self.malformed(path, f"an array of shape {shape} is too large to address")
+        return shape
+
+    def dtype(self, node: dict[str, Any], element_type: Any, path: str) -> np.dtype[Any] | None:
+        dtype, name = dtype_of(element_type), node.get("dtype")
+        if name is None:
+            return dtype
+        extension = extension_dtype(name) if isinstance(name, str) else None
+        if extension is None or dtype is None or extension.itemsize != dtype.itemsize:
+            raise self.malformed(path, f"{name!r} is no dtype carried by {element_type!r}")
+        return extension
+
+    # --- structs ---
+
+    def struct(self, node: dict[str, Any], path: str) -> Any:
+        julia_type = self.value(self.field(node, "type", dict, path), path)
+        content = self.field(node, "data", (list, bytes, Slot), path)
+        if isinstance(julia_type, OpaqueDocument) and julia_type.document["tag"] == "jl_anonymous":
+            return self.function(node, julia_type, content, path)
+        if not isinstance(julia_type, (JuliaType, OpaqueDocument)):
+            raise self.malformed(path, f"the type of a struct document is {julia_type!r}")
+        if isinstance(content, (bytes, Slot)):
+            dtype = self.dtype(node, julia_type, path)
+            return _primitive(julia_type, dtype, self.bytes_of(content))
+        name = julia_type.name if isinstance(julia_type, JuliaType) else ""
+        kind = flux.kind_named(name, len(content))
+        if kind is not None:
+            return self.instance(node, kind, julia_type, content, path)
+        builder = _BUILDERS.get(name)
+        if builder is not None:
+            built = builder(self, node, julia_type, content, path)
+            if built is not NotImplemented:
+                return built
+        if name.rpartition(".")[2].startswith("#"):
+            known = flux.function_named(name) if not content else None
+            return known or self.function(node, julia_type, content, path)
+        if name.rpartition(".")[2] in _GPU_ARRAYS:
+            return self.lost_array(julia_type, content, path)
+        return self.unknown(node, julia_type, content, path)
+
+    def function(
+        self, node: dict[str, Any], julia_type: Any, content: Any, path: str
+    ) -> OpaqueFunction:
+        function = self.memo[id(node)] = OpaqueFunction(julia_type, [])
+        function.captured.extend(self.children(content, path + ".captured"))
+        return function
+
+    def children(self, content: Any, path: str) -> list[Any]:
+        if not isinstance(content, list):
+            raise self.malformed(path, "the fields of a struct document are not a list")
+        return [self.value(child, f"{path}[{i}]") for i, child in enumerate(content)]
+
+    def instance(
+        self, node: dict[str, Any], kind: flux.StructKind, julia_type: Any, content: Any, path: str
+    ) -> Any:
+        """Make an object of a known class: first the object, then its fields (cycles close)."""
+        if issubclass(kind.cls, tuple):
+            return kind.cls(*self.children(content, path))
+        made = self.memo[id(node)] = object.__new__(kind.cls)
+        for name, child in zip(kind.fields, content, strict=True):
+            object.__setattr__(made, name, self.value(child, f"{path}.{name}"))
+        if "julia_type" in getattr(kind.cls, "__slots__", ()):
+            made.julia_type = julia_type
+        return made
+
+    def unknown(self, node: dict[str, Any], julia_type: Any, content: Any, path: str) -> Struct:
+        names = node.get("fields")
+        if not isinstance(names, list) or len(names) != len(content):
+            names = None
+        fields: list[Any] = []
+        made = self.memo[id(node)] = Struct(julia_type, fields, tuple(names) if names else None)
+        labels = [f".{name}" for name in names] if names else range(len(content))
+        for label, child in zip(labels, content, strict=True):
+            fields.append(
+                self.value(child, f"{path}{label}" if names else f"{path}.data[{label}]")
+            )
+        return made
+
+    def lost_array(self, julia_type: Any, content: Any, path: str) -> LostArray:
+        fields = self.children(content, path)
+        rank = julia_type.params[1] if len(julia_type.params) > 1 else None
+        shapes = [f for f in fields if isinstance(f, tuple) and all(type(n) is int for n in f)]
+        shape = next((s for s in shapes if len(s) == rank), shapes[0] if shapes else ())
+        return LostArray(julia_type, shape, Struct(julia_type, fields))
+
+    # --- structs with a Python twin ---
+
+    def dictionary(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
+        if len(content) != 2:
+            return NotImplemented
+        values: dict[Any, Any] = {}
+        self.memo[id(node)] = values
+        keys, found = (self.value(part, path) for part in content)
+        if not isinstance(keys, list) or not isinstance(found, list) or len(keys) != len(found):
+            del self.memo[id(node)]
+            return NotImplemented
+        try:
+            values.update(zip(keys, found, strict=True))
+        except TypeError:  # a key that Python cannot hash
+            return Struct(julia_type, [keys, found])
+        return values
+
+    def set_of(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
+        inner = self.value(content[0], path) if len(content) == 1 else None
+        if not isinstance(inner, dict):
+            return NotImplemented
+        return frozenset(inner) if node.get("python") == "frozenset" else set(inner)
+
+    def complex_of(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
+        parts = self.children(content, path)
+        if len(parts) == 2 and all(type(part) is float for part in parts):
+            return complex(*parts)
+        if len(parts) == 2 and type(parts[0]) is type(parts[1]) in _COMPLEX_OF:
+            made = np.zeros((), _COMPLEX_OF[type(parts[0])])
+            made.real, made.imag = parts
+            return made[()]
+        return NotImplemented
+
+    def named_tuple(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
+        names = julia_type.params[0] if julia_type.params else None
+        if not isinstance(names, tuple) or len(names) != len(content):
+            return NotImplemented
+        made = self.memo[id(node)] = NamedTuple()
+        for name, child in zip(names, content, strict=True):
+            made[str(name)] = self.value(child, f"{path}[{str(name)!r}]")
+        return made
+
+    def date(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
+        days = self.instant(content, path)
+        if days is None or not 1 <= days <= datetime.date.max.toordinal():
+            return NotImplemented
+        return datetime.date.fromordinal(days)
+
+    def date_time(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
+        exact = node.get("python")
+        if isinstance(exact, str):
+            try:
+                moment = datetime.datetime.fromisoformat(exact.removesuffix(" fold"))
+                return moment.replace(fold=int(exact.endswith(" fold")))
+            except ValueError:
+                raise self.malformed(path, f"{exact!r} is no ISO date") from None
+        milliseconds = self.instant(content, path)
+        if milliseconds is None:
+            return NotImplemented
+        since = datetime.timedelta(milliseconds=milliseconds - _UNIX_EPOCH_DAYS * 86_400_000)
+        try:
+            return datetime.datetime(1970, 1, 1) + since
+        except OverflowError:
+            return NotImplemented
+
+    def instant(self, content: Any, path: str) -> int | None:
+        """Return the number inside UTInstant(Day(n)) or UTInstant(Millisecond(n))."""
+        value: Any = Struct(JuliaType(()), self.children(content, path))
+        while isinstance(value, Struct) and len(value.data) == 1:
+            value = value.data[0]
+        return value if type(value) is int and abs(value) < 2**53 else None
+
+    def permuted(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
+        """Lift a PermutedDimsArray that reverses its parent's dimensions: a row-major array."""
+        parent = self.resolve(content[0], path) if len(content) == 1 else None
+        rank = julia_type.params[1] if len(julia_type.params) == 5 else None
+        if type(rank) is not int or not isinstance(parent, dict) or parent.get("tag") != "array":
+            return NotImplemented
+        if julia_type.params[2] != tuple(range(rank, 0, -1)):
+            return NotImplemented
+        spec = self.array_spec(parent, path)
+        if not isinstance(spec, ArraySpec) or len(spec.shape) != rank:
+            return NotImplemented
+        spec = dataclasses.replace(spec, shape=spec.shape[::-1], order="C")
+        return self.make_array(spec, path)
+
+    def wrapped(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
+        """Lift the `Base.Some` in which `save` puts a value that no document can be."""
+        if node.get("python") == "value" and len(content) == 1:
+            return self.value(content[0], path)
+        return NotImplemented
+
+
+TAGS: dict[str, Callable[[Lifter, dict[str, Any], str], Any]] = {
+    "symbol": Lifter.symbol,
+    "tuple": Lifter.tuple_of,
+    "datatype": Lifter.datatype,
+    "array": Lifter.array,
+    "struct": Lifter.struct,
+    **dict.fromkeys(_OPAQUETAGS, Lifter.opaque),
+}
+_BUILDERS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(_DICTS, Lifter.dictionary),
+    "Base.Set": Lifter.set_of,
+    "Base.Complex": Lifter.complex_of,
+    "Core.NamedTuple": Lifter.named_tuple,
+    "Dates.Date": Lifter.date,
+    "Dates.DateTime": Lifter.date_time,
+    "Base.PermutedDimsArrays.PermutedDimsArray": Lifter.permuted,
+    "Base.Some": Lifter.wrapped,
+}
+_COMPLEX_OF: dict[Any, str] = {np.float32: "<c8", np.float64: "<c16"}
+_NARROWER = {  # values that an int would be written back as a narrower type
+    "Core.Int128": range(-(2**63), 2**63),
+    "Core.UInt128": range(2**127),
+}
+
+
+def _nbytes(payload: bytes | Slot | list[Any]) -> int:
+    return payload.nbytes if isinstance(payload, Slot) else len(payload)
+
+
+def _primitive(
+    julia_type: JuliaType | OpaqueDocument, dtype: np.dtype[Any] | None, raw: bytes
+) -> Any:
+    """Return the value of a primitive struct: a NumPy scalar, a wide int, or the struct as it is."""
+    name = julia_type.name if isinstance(julia_type, JuliaType) else ""
+    if dtype is not None and len(raw) == dtype.itemsize:
+        return np.frombuffer(raw, dtype)[0]
+    if name in _NARROWER and len(raw) == 16:
+        wide = int.from_bytes(raw, "little", signed=name == "Core.Int128")
+        if wide not in _NARROWER[name]:
+            return wide
+    return Struct(julia_type, raw)

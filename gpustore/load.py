@@ -1,0 +1,427 @@
+"""Loading: a file is mapped, its document scanned and lifted, arrays placed on their devices."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpustore import devices, document, storage, transfer, tree
+from gpustore.digest import blake3_digest, hasher
+from gpustore.document import FORMAT_VERSION, Slot
+from gpustore.errors import (
+    CUDAUnavailableError,
+    DeviceDataLostError,
+    EntryNotFoundError,
+    FormatError,
+    FutureVersionError,
+    IntegrityError,
+    UnsupportedValueError,
+)
+from gpustore.julia import ArraySpec, LostArray
+from gpustore.lift import RESERVED, TAGS, Lifter
+from gpustore.save import save_document
+from gpustore.storage import MappedFile
+
+DeviceChoice = str | Mapping[str, str] | Callable[[str], str | None] | None
+Progress = Callable[[int, int], None]
+
+
+def load(
+    path: str | os.PathLike[str],
+    /,
+    *names: str,
+    device: DeviceChoice = None,
+    verify: bool = False,
+    mmap: bool = True,
+    lost: str = "error",
+    progress: Progress | None = None,
+) -> Any:
+    """Load a `.bson` file of gpustore or Julia: all entries, the one named, or a tuple of several.
+
+    `device`: None puts each array where its tag says (the CPU without one); "cpu", "cuda" or
+    "cuda:1" puts all there; a mapping or a callable gives the device for each tag. On the CPU,
+    arrays of 64 KiB and more are writable copy-on-write views of the mapped file (`mmap=False`: of
+    a private copy). `verify` checks every digest in the file. `lost`: "error", or "placeholder" for
+    a LostArray where Julia saved a GPU pointer. `progress(done, total)` counts bytes.
+
+    Raises FormatError or TruncatedFileError for what is no such file, EntryNotFoundError,
+    CUDAUnavailableError (before anything large is read), DeviceDataLostError, IntegrityError.
+
+    >>> import gpustore as gs, tempfile, os
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = os.path.join(folder, "run.bson")
+    ...     gs.save(file, epoch=3, loss=0.25)
+    ...     gs.load(file, "loss", "epoch")
+    (0.25, 3)
+    """
+    if lost not in ("error", "placeholder"):
+        raise UnsupportedValueError(f"lost: expected 'error' or 'placeholder', found {lost!r}")
+    choose = _chooser(device)
+    file, content = _open(path, mmap=mmap, slot_nbytes=document.SLOT_NBYTES)
+    if verify:
+        _raise_on_damage(file, progress)
+    arrays = _Arrays(file)
+    root = _entries(arrays.lifter(content), content, names, file.path)
+    if lost == "error":
+        _refuse_lost(root, names, file.path)
+    root = arrays.placed(root, choose)
+    if progress is not None:
+        progress(file.nbytes, file.nbytes)
+    if len(names) == 1:
+        return root[names[0]]
+    return tuple(root[name] for name in names) if names else root
+
+
+def _open(path: Any, *, mmap: bool, slot_nbytes: int) -> tuple[MappedFile, dict[str, Any]]:
+    file = MappedFile.open(path, mmap=mmap)
+    kind = storage.foreign_kind(bytes(file.buffer[:512]), file.nbytes)
+    if kind is not None:
+        raise FormatError(f"{file.path}: {kind}")
+    content = document.scan(file.buffer, name=file.path, slot_nbytes=slot_nbytes)
+    stamp = content.get("_gpustore")
+    version = stamp.get("version") if isinstance(stamp, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise FutureVersionError(
+            f"{file.path}: expected format version {FORMAT_VERSION} or older, found {version}; "
+            "install a newer gpustore: pip install --upgrade gpustore"
+        )
+    return file, content
+
+
+def _is_object(content: dict[str, Any]) -> bool:
+    """Whether the outermost document is itself a tagged value, not a dict of entries."""
+    tag = content.get("tag")
+    return isinstance(tag, str) and tag in TAGS
+
+
+def _entries(lifter: Lifter, content: dict[str, Any], names: tuple[str, ...], path: str) -> Any:
+    """Return the wanted entries as a dict, or the object that the file is."""
+    try:
+        if not _is_object(content):
+            missing = [name for name in names if name not in content or name in RESERVED]
+            if not missing:
+                return lifter.entries(content, names or None)
+            found = [key for key in content if key not in RESERVED]
+        else:
+            value = lifter.value(content, "")
+            is_dict = isinstance(value, dict)
+            missing = [name for name in names if not is_dict or name not in value]
+            if not missing:
+                return value
+            found = list(value) if is_dict else []
+    except RecursionError:
+        raise FormatError(f"{path}: the values are nested too deep to be loaded") from None
+    held = "entries " + ", ".join(map(str, found)) if found else "one object without entries"
+    raise EntryNotFoundError(f"{path}: expected an entry {missing[0]!r}, found {held}")
+
+
+def _refuse_lost(root: Any, names: tuple[str, ...], path: str) -> None:
+    lost = [
+        f"{where} ({node.element_type}, shape {node.shape})"
+        for where, node in _walk_entries(root)
+        if isinstance(node, LostArray)
+    ]
+    if lost:
+        more = f" and {len(lost) - 20} more" if len(lost) > 20 else ""
+        raise DeviceDataLostError(
+            f"{path}: {len(lost)} arrays were saved from the GPU as pointers, their values are not "
+            f"in the file: {', '.join(lost[:20])}{more}; save cpu(model) in Julia, or load the "
+            "rest with lost='placeholder'"
+        )
+
+
+def _walk_entries(root: Any) -> Iterator[tuple[str, Any]]:
+    if type(root) is dict:
+        for key, child in root.items():
+            yield from tree.walk(child, str(key))
+    else:
+        yield from tree.walk(root, "value")
+
+
+# --- arrays -----------------------------------------------------------------------------------
+
+
+class _Arrays:
+    """Makes the host arrays of a file while it is lifted, and remembers their device tags."""
+
+    def __init__(self, file: MappedFile) -> None:
+        self.file = file
+        self.tags: dict[int, str] = {}  # id of a tagged array -> its tag
+        self.kept: list[Any] = []  # keeps those arrays alive, as their ids are used
+
+    def lifter(self, content: dict[str, Any]) -> Lifter:
+        return Lifter(content, self.make, self.read, self.file.path)
+
+    def read(self, slot: Slot) -> bytes:
+        return bytes(self.file.buffer[slot.offset : slot.offset + slot.nbytes])
+
+    def make(self, spec: ArraySpec, path: str) -> Any:
+        array = host_array(self.file, spec, path)
+        if spec.device != "cpu":
+            self.tags[id(array)] = spec.device
+            self.kept.append(array)
+        return array
+
+    def placed(self, root: Any, choose: Callable[[str], str]) -> Any:
+        """Return the tree with each array on its device; nothing large was read so far."""
+        targets = {tag: choose(tag) for tag in {"cpu", *self.tags.values()}}
+        if all(device == "cpu" for device in targets.values()):
+            return root
+        self.require(targets)
+
+        def move(leaf: Any) -> Any:
+            if not isinstance(leaf, np.ndarray):
+                return leaf
+            device = targets[self.tags.get(id(leaf), "cpu")]
+            return leaf if device == "cpu" else devices.to_device(leaf, device)
+
+        return tree.rebuild(root, move)
+
+    def require(self, targets: dict[str, str]) -> None:
+        """Raise CUDAUnavailableError where a device that arrays go to cannot be used."""
+        for device in sorted(set(targets.values()) - {"cpu"}):
+            try:
+                devices.require_cuda(device)
+            except CUDAUnavailableError as error:
+                counts = Counter(self.tags.values())
+                tagged = ", ".join(f"{n} arrays are tagged {tag}" for tag, n in counts.items())
+                raise CUDAUnavailableError(
+                    f"{self.file.path}: {tagged or f'arrays are wanted on {device}'}, but {error} "
+                    "To load it here, pass device='cpu'; to make a file that loads everywhere, "
+                    "save cpu(model)",
+                    error.cause,
+                ) from error
+
+
+def host_array(file: MappedFile, spec: ArraySpec, path: str) -> Any:
+    """Return the array a spec describes: a view of the mapped file, or of a copy of a small one."""
+    payload = spec.payload
+    try:
+        if isinstance(payload, Slot):
+            return transfer.host_view(
+                file.buffer, payload.offset, spec.dtype, spec.shape, spec.order
+            )
+        return transfer.host_view(bytearray(payload), 0, spec.dtype, spec.shape, spec.order)
+    except ValueError as error:  # sizes that NumPy cannot hold
+        raise FormatError(f"{file.path}: {path}: shape {spec.shape}: {error}") from error
+
+
+def _chooser(device: DeviceChoice) -> Callable[[str], str]:
+    """Return the function from a tag to the device its arrays go to."""
+    if device is None:
+        return devices.parse_device
+    if isinstance(device, str):
+        fixed = devices.parse_device(device)
+        return lambda tag: fixed
+    choose = device.get if isinstance(device, Mapping) else device
+    if not callable(choose):
+        raise UnsupportedValueError(
+            f"device: expected None, a device, a mapping or a callable, found {device!r}"
+        )
+    return lambda tag: devices.parse_device(choose(tag) or tag)
+
+
+# --- integrity --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What `verify` found: names of damaged parts, and how many arrays were checked."""
+
+    damaged: tuple[str, ...]
+    arrays: int
+    has_structure_digest: bool
+
+    def __bool__(self) -> bool:
+        return not self.damaged
+
+
+def verify_file(file: MappedFile, progress: Progress | None = None) -> Verification:
+    """Check every digest of a file against the bytes it was made of.
+
+    `damaged` holds the paths of arrays, and "structure" where the rest of the file differs. A
+    file that Julia wrote has no digests: nothing is checked.
+    """
+    content = document.scan(file.buffer, name=file.path, slot_nbytes=0)
+    payloads: list[tuple[Slot, Slot]] = []
+    for node in document.walk(content):
+        data, digest = node.get("data"), node.get("blake3")
+        if node.get("tag") == "array" and isinstance(data, Slot) and isinstance(digest, Slot):
+            payloads.append((data, digest))
+    names: dict[int, str] = {}
+    damaged: list[str] = []
+    view = memoryview(file.buffer)
+    done = 0
+    for data, digest in payloads:
+        expected = bytes(view[digest.offset : digest.offset + digest.nbytes])
+        if blake3_digest(view[data.offset : data.offset + data.nbytes]) != expected:
+            names = names or _paths_by_offset(file, content)
+            damaged.append(names.get(data.offset, f"the array at byte {data.offset}"))
+        done += data.nbytes
+        if progress is not None:
+            progress(done, file.nbytes)
+    stamp = content.get("_gpustore")
+    has_digest = isinstance(stamp, dict) and isinstance(stamp.get("blake3"), Slot)
+    if isinstance(stamp, dict) and has_digest:
+        if _structure_digest(view, [data for data, _ in payloads], stamp["blake3"]) is False:
+            damaged.append("structure")
+    return Verification(tuple(damaged), len(payloads), has_digest)
+
+
+def _structure_digest(view: memoryview, payloads: list[Slot], digest: Slot) -> bool:
+    """Whether the digest is that of all bytes outside payloads and outside the digest itself."""
+    whole, position = hasher(), 0
+    for slot in sorted([*payloads, digest], key=lambda slot: slot.offset):
+        whole.update(view[position : slot.offset])
+        position = slot.offset + slot.nbytes
+    whole.update(view[position:])
+    found: bytes = whole.digest()
+    return found == bytes(view[digest.offset : digest.offset + digest.nbytes])
+
+
+def _paths_by_offset(file: MappedFile, content: dict[str, Any]) -> dict[int, str]:
+    try:
+        return {entry.offset: entry.path for entry in _list_arrays(file, content)}
+    except FormatError:
+        return {}
+
+
+def _raise_on_damage(file: MappedFile, progress: Progress | None) -> None:
+    found = verify_file(file, progress)
+    if not found:
+        raise IntegrityError(
+            f"{file.path}: the digest differs for {', '.join(found.damaged[:20])}; the file was "
+            "damaged or changed after it was saved: restore it from a copy"
+        )
+
+
+# --- lazy reading -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayEntry:
+    """An array in a file: where it is, without its values. `offset` and `nbytes` are in bytes."""
+
+    path: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    order: str
+    device: str
+    offset: int
+    nbytes: int
+    digest: bytes | None
+
+
+def _list_arrays(file: MappedFile, content: dict[str, Any]) -> list[ArrayEntry]:
+    entries: list[ArrayEntry] = []
+
+    def note(spec: ArraySpec, path: str) -> ArrayEntry:
+        assert isinstance(spec.payload, Slot)
+        offset, nbytes = spec.payload.offset, spec.payload.nbytes
+        entries.append(
+            ArrayEntry(
+                path, spec.dtype, spec.shape, spec.order, spec.device, offset, nbytes, spec.digest
+            )
+        )
+        return entries[-1]
+
+    _entries(Lifter(content, note, _Arrays(file).read, file.path), content, (), file.path)
+    return entries
+
+
+class StoredFile(Mapping[str, Any]):
+    """A file opened lazily: a read-only Mapping from entry names to values, lifted on demand.
+
+    `arrays` lists every array with its path, dtype, shape, order, device, offset and digest;
+    `tags` counts the arrays of each device tag. Entries come on the CPU, whatever their tag.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file, self._content = _open(path, mmap=True, slot_nbytes=0)
+        self.path = self._file.path
+        self.nbytes = self._file.nbytes
+        self.arrays: tuple[ArrayEntry, ...] = tuple(_list_arrays(self._file, self._content))
+        self.tags = dict(Counter(e.device for e in self.arrays if e.device != "cpu"))
+
+    def __enter__(self) -> StoredFile:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file; arrays that were read stay valid."""
+        self._file.close()
+
+    @property
+    def origin(self) -> str:
+        """Who wrote the file, in words."""
+        stamp = self._content.get("_gpustore")
+        if not isinstance(stamp, dict):
+            return "no gpustore file (BSON.jl's, most likely)"
+        return f"written by {stamp.get('writer')}, format {stamp.get('version')}"
+
+    def value(self, *, make_array: Callable[[ArraySpec, str], Any] | None = None) -> Any:
+        """Return the whole value; `make_array(spec, path)` may put something in each place."""
+        arrays = _Arrays(self._file)
+        lifter = Lifter(self._content, make_array or arrays.make, arrays.read, self.path)
+        return _entries(lifter, self._content, (), self.path)
+
+    def __getitem__(self, name: str) -> Any:
+        lifter = _Arrays(self._file).lifter(self._content)
+        return _entries(lifter, self._content, (name,), self.path)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        if not _is_object(self._content):
+            return iter([key for key in self._content if key not in RESERVED])
+        value = self.value()
+        return iter(value if isinstance(value, dict) else ())
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def read(self, array_path: str, *, region: Any = None, device: str = "cpu") -> Any:
+        """Return one array, or the `region` of it (slices as in NumPy), on `device`.
+
+        On the CPU it is a private copy-on-write view: only the pages that are used are read.
+        """
+        entry = next((entry for entry in self.arrays if entry.path == array_path), None)
+        if entry is None:
+            known = ", ".join(entry.path for entry in self.arrays[:20])
+            raise EntryNotFoundError(f"{self.path}: expected an array {array_path!r}, found {known}")
+        slot = Slot(entry.offset, entry.nbytes)
+        spec = ArraySpec(entry.dtype, entry.shape, entry.order, "cpu", slot, entry.digest)
+        array = host_array(self._file, spec, array_path)
+        array = array if region is None else array[region]
+        target = devices.parse_device(device)
+        if target == "cpu":
+            return array
+        devices.require_cuda(target)
+        return devices.to_device(array, target)
+
+    def save_for_cpu(self, path: str | os.PathLike[str]) -> None:
+        """Write the file anew without device tags; all else it holds is kept as it is."""
+        save_document(path, self._content, self._file.buffer)
+
+    def verify(self, progress: Progress | None = None) -> Verification:
+        """Check every digest in the file and return what was found."""
+        return verify_file(self._file, progress)
+
+
+def open_file(path: str | os.PathLike[str]) -> StoredFile:
+    """Open a file for lazy reading; see StoredFile.
+
+    >>> import gpustore as gs, numpy as np, tempfile, os
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = os.path.join(folder, "weights.bson")
+    ...     gs.save(file, layer={"w": np.ones((2, 3), "f4")})
+    ...     with gs.open_file(file) as stored:
+    ...         [(entry.path, entry.shape) for entry in stored.arrays]
+    [("layer['w']", (2, 3))]
+    """
+    return StoredFile(path)

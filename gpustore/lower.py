@@ -1,0 +1,494 @@
+"""Python values -> document, as BSON.jl writes them; what cannot be saved is refused by its path.
+
+An object met twice is written once, into `_backrefs`, so sharing and cycles are kept.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gpustore import devices, document, flux
+from gpustore.document import Encoded, Payload, Slot
+from gpustore.errors import UnsupportedValueError
+from gpustore.julia import (
+    JuliaArray,
+    JuliaType,
+    LostArray,
+    NamedTuple,
+    OpaqueDocument,
+    OpaqueFunction,
+    Struct,
+    Symbol,
+    element_type_of,
+    extension_dtype,
+)
+from gpustore.tree import TrackedArray
+
+_named = JuliaType.named
+_ANY = _named("Core.Any")
+_FLOAT64 = _named("Core.Float64")
+_UNIX_EPOCH_DAYS = 719163  # 1970-01-01 in days from 0000-12-31, where Julia's dates begin
+_AWKWARD_KEYS = {"tag", "_backrefs", "_gpustore", "$ref"}  # they mean something to a reader
+_SCALAR_TYPES: dict[type, JuliaType] = {
+    type(None): _named("Core.Nothing"),
+    bool: _named("Core.Bool"),
+    int: _named("Core.Int64"),
+    float: _FLOAT64,
+    str: _named("Core.String"),
+    Symbol: _named("Core.Symbol"),
+    list: _named("Core.Array", _ANY, 1),
+    dict: _named("Base.Dict", _named("Core.Symbol"), _ANY),
+}
+
+
+class Lowerer:
+    """Lowers values into one document.
+
+    `make_payload(array, order)` streams an array in memory order "C" or "F"; `column_major` are
+    the ids of arrays inside layers; `tag_devices` writes the device of GPU arrays beside them.
+    """
+
+    def __init__(
+        self,
+        make_payload: Callable[[Any, str], Payload],
+        column_major: set[int],
+        tag_devices: bool,
+    ) -> None:
+        self.make_payload, self.column_major = make_payload, column_major
+        self.tag_devices = tag_devices
+        self.backrefs: list[Any] = []
+        self.places: dict[int, tuple[Any, Any, Any]] = {}  # id -> container, key, the object
+        self.encoded: dict[JuliaType, Encoded] = {}
+        self.int64 = document.int64()
+
+    def refuse(self, path: str, value: Any, advice: str) -> UnsupportedValueError:
+        return UnsupportedValueError(
+            f"{path}: a value of type {type(value).__qualname__} cannot be saved; {advice}"
+        )
+
+    # --- dispatch ---
+
+    def put(self, container: Any, key: Any, value: Any, path: str) -> None:
+        """Lower `value` into container[key], as a backref where it has been met before."""
+        lower = _BY_TYPE.get(type(value))
+        if lower is not None:
+            container[key] = lower(self, value, path)
+        elif not self.is_met(container, key, value):
+            self.new(container, key, value, path)
+
+    def is_met(self, container: Any, key: Any, value: Any) -> bool:
+        """Whether the object was met before; then its document moves to `_backrefs`."""
+        if id(value) not in self.places:
+            return False
+        first, where, _ = self.places[id(value)]
+        node = first[where]
+        if not (type(node) is dict and node.get("tag") == "backref"):
+            self.backrefs.append(node)
+            node = {"tag": "backref", "ref": self.int64(len(self.backrefs))}
+            first[where] = node
+        container[key] = dict(node)
+        return True
+
+    def place(self, container: Any, key: Any, value: Any, node: Any) -> Any:
+        container[key] = node
+        self.places[id(value)] = (container, key, value)
+        return node
+
+    def new(self, container: Any, key: Any, value: Any, path: str) -> None:
+        """Lower an object that has an identity and is met for the first time."""
+        if isinstance(value, dict):
+            self.dictionary(container, key, value, path)
+        elif type(value) is list:
+            node = self.place(container, key, value, [None] * len(value))
+            self.fill(node, value, [f"{path}[{i}]" for i in range(len(value))])
+        elif devices.is_array(value):
+            self.array(container, key, value, path)
+        elif isinstance(value, OpaqueDocument):
+            self.opaque(container, key, value.document, value)
+        elif isinstance(value, (Struct, OpaqueFunction)):
+            self.kept(container, key, value, path)
+        elif isinstance(value, LostArray):
+            self.kept(container, key, value.struct, path)
+        elif isinstance(value, JuliaArray):
+            self.julia_array(container, key, value, path)
+        elif isinstance(value, JuliaType):
+            self.julia_type(container, key, value, path)
+        elif isinstance(value, np.generic):
+            container[key] = self.scalar(value, path)
+        elif isinstance(value, (set, frozenset)):
+            self.members(container, key, value, path)
+        elif isinstance(value, str) and not isinstance(value, Symbol):
+            container[key] = self.text(str(value), path)
+        else:
+            self.instance(container, key, value, path)
+
+    def fill(self, node: list[Any], values: Any, paths: list[str]) -> None:
+        for index, (child, path) in enumerate(zip(values, paths, strict=True)):
+            self.put(node, index, child, path)
+
+    # --- values without an identity ---
+
+    def same(self, value: Any, path: str) -> Any:
+        return value
+
+    def text(self, value: str, path: str) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise self.refuse(path, value, "it holds a lone surrogate; save valid text") from None
+        return value
+
+    def integer(self, value: int, path: str) -> Any:
+        if -(2**63) <= value < 2**63:
+            return self.int64(value)
+        for name, signed in (("Core.Int128", True), ("Core.UInt128", False)):
+            try:
+                raw = value.to_bytes(16, "little", signed=signed)
+            except OverflowError:
+                continue
+            return {"tag": "struct", "type": self.type(_named(name)), "data": raw}
+        raise self.refuse(path, value, "integers have at most 128 bits; save it as a string")
+
+    def symbol(self, value: Symbol, path: str) -> dict[str, Any]:
+        return {"tag": "symbol", "name": self.text(str(value), path)}
+
+    def octets(self, value: bytes | bytearray, path: str) -> dict[str, Any]:
+        payload = self.make_payload(np.frombuffer(value, "u1"), "F")
+        size = [self.int64(len(value))]
+        element_type = self.type(_named("Core.UInt8"))
+        return {
+            "tag": "array", "type": element_type, "size": size, "python": "bytes", "data": payload,
+        }  # fmt: skip
+
+    def complex_number(self, value: complex, path: str) -> dict[str, Any]:
+        return self.struct(_named("Base.Complex", _FLOAT64), [value.real, value.imag])
+
+    def scalar(self, value: np.generic, path: str) -> Any:
+        dtype = value.dtype.newbyteorder("<")
+        if dtype == np.int32:
+            return int(value)
+        if dtype.kind == "c" and element_type_of(dtype):
+            parts: list[Any] = [None, None]
+            self.fill(parts, [value.real, value.imag], [path, path])
+            julia_type = element_type_of(dtype)
+            assert julia_type is not None
+            return self.struct(julia_type[0], parts)
+        known = element_type_of(dtype)
+        if known is None:
+            raise self.refuse(path, value, f"there is no Julia type for {value.dtype}")
+        raw = np.asarray(value, dtype).tobytes()
+        node = {"tag": "struct", "type": self.type(known[0]), "data": raw}
+        return node if known[1] is None else node | {"dtype": known[1]}
+
+    def date(self, value: datetime.date, path: str) -> dict[str, Any]:
+        day = self.struct(_named("Dates.Day"), [self.int64(value.toordinal())])
+        instant = self.struct(_named("Dates.UTInstant", _named("Dates.Day")), [day])
+        return self.struct(_named("Dates.Date"), [instant])
+
+    def date_time(self, value: datetime.datetime, path: str) -> dict[str, Any]:
+        """Julia's DateTime holds milliseconds of no zone; the exact value stands beside it."""
+        since = value.replace(tzinfo=None, fold=0) - datetime.datetime(1970, 1, 1)
+        milliseconds = since // datetime.timedelta(milliseconds=1)
+        unit = _named("Dates.Millisecond")
+        day_zero = _UNIX_EPOCH_DAYS * 86_400_000
+        inner = self.struct(unit, [self.int64(milliseconds + day_zero)])
+        instant = self.struct(_named("Dates.UTInstant", unit), [inner])
+        node = self.struct(_named("Dates.DateTime"), [instant])
+        is_exact = value.tzinfo is None and value.microsecond % 1000 == 0 and not value.fold
+        return node if is_exact else node | {"python": value.isoformat() + " fold" * value.fold}
+
+    def tuple_of(self, value: tuple[Any, ...], path: str) -> dict[str, Any]:
+        parts: list[Any] = [None] * len(value)
+        self.fill(parts, value, [f"{path}[{i}]" for i in range(len(value))])
+        return {"tag": "tuple", "data": parts}
+
+    # --- types ---
+
+    def type(self, julia_type: JuliaType) -> Encoded:
+        """Return a type that holds nothing opaque, encoded once."""
+        encoded = self.encoded.get(julia_type)
+        if encoded is None:
+            encoded = self.encoded[julia_type] = document.encode(self.type_node(julia_type))
+        return encoded
+
+    def type_node(self, value: Any) -> Any:
+        if isinstance(value, JuliaType):
+            params = [self.type_node(param) for param in value.params]
+            return {"tag": "datatype", "name": list(value.path), "params": params}
+        if isinstance(value, tuple):
+            return {"tag": "tuple", "data": [self.type_node(part) for part in value]}
+        if isinstance(value, Symbol):
+            return self.symbol(value, "a type parameter")
+        return self.int64(value) if type(value) is int else value
+
+    def julia_type(self, container: Any, key: Any, value: JuliaType, path: str) -> None:
+        if _is_plain(value):
+            container[key] = self.type(value)
+            return
+        params: list[Any] = [None] * len(value.params)
+        container[key] = {"tag": "datatype", "name": list(value.path), "params": params}
+        self.fill(params, value.params, [path] * len(params))
+
+    def type_of(self, value: Any) -> Any:
+        """Return the Julia type that `value` is written as."""
+        known = _SCALAR_TYPES.get(type(value))
+        if known is not None:
+            return known
+        if devices.is_array(value):
+            return self.array_type(value)
+        if isinstance(value, NamedTuple):
+            return self.named_tuple_type(value)
+        if type(value) is tuple:
+            return _named("Core.Tuple", *(self.type_of(part) for part in value))
+        if isinstance(value, (Struct, OpaqueFunction, LostArray)):
+            return value.type
+        if isinstance(value, TrackedArray) and value.julia_type is None:
+            inner = self.type_of(value.data)
+            return _named("Tracker.TrackedArray", *inner.params, inner)
+        function = flux.function_name(value)
+        if function is not None:
+            return _named(function)
+        return self.instance_type(value)
+
+    def instance_type(self, value: Any) -> Any:
+        own = getattr(value, "julia_type", None)
+        if own is not None:
+            return own
+        kind = flux.kind_of(value)
+        if kind is None:
+            return _named(f"Main.{type(value).__name__}")
+        return _named(kind.name, *(self.type_of(_part(value, name)) for name in kind.params))
+
+    def named_tuple_type(self, value: dict[str, Any]) -> JuliaType:
+        names = tuple(Symbol(name) for name in value)
+        types = [self.type_of(part) for part in value.values()]
+        return _named("Core.NamedTuple", names, _named("Core.Tuple", *types))
+
+    def array_type(self, value: Any) -> JuliaType:
+        known = element_type_of(numpy_dtype(value))
+        element_type = known[0] if known else _ANY
+        return _named("Core.Array", element_type, len(value.shape))
+
+    # --- objects ---
+
+    def struct(self, julia_type: JuliaType, fields: list[Any]) -> dict[str, Any]:
+        return {"tag": "struct", "type": self.type(julia_type), "data": fields}
+
+    def open_struct(self, container: Any, key: Any, value: Any, node: dict[str, Any]) -> list[Any]:
+        """Place a struct document for `value` and return its list of fields, to be filled."""
+        self.place(container, key, value, node)
+        fields: list[Any] = node["data"]
+        return fields
+
+    def dictionary(self, container: Any, key: Any, value: dict[Any, Any], path: str) -> None:
+        paths = [f"{path}[{name!r}]" for name in value]
+        if isinstance(value, NamedTuple):
+            self.named_tuple(container, key, value, paths)
+        elif all(type(name) is str for name in value) and is_document(value):
+            node = self.place(container, key, value, {})
+            for (name, child), where in zip(value.items(), paths, strict=True):
+                self.put(node, self.text(name, path), child, where)
+        else:
+            julia_type = _named("Base.Dict", _ANY, _ANY)
+            fields = [[None] * len(value), [None] * len(value)]
+            self.place(container, key, value, self.struct(julia_type, fields))
+            self.fill(fields[0], value, [f"{path}, key {name!r}" for name in value])
+            self.fill(fields[1], value.values(), paths)
+
+    def named_tuple(
+        self, container: Any, key: Any, value: dict[str, Any], paths: list[str]
+    ) -> None:
+        node = {"tag": "struct", "type": None, "data": [None] * len(value)}
+        fields = self.open_struct(container, key, value, node)
+        self.julia_type(node, "type", self.named_tuple_type(value), "")
+        self.fill(fields, value.values(), paths)
+
+    def members(self, container: Any, key: Any, value: Any, path: str) -> None:
+        """Lower a set: Julia's holds a dictionary whose values are nothing."""
+        node = self.struct(_named("Base.Set", _ANY), [None])
+        if isinstance(value, frozenset):
+            node["python"] = "frozenset"
+        self.place(container, key, value, node)
+        keys: list[Any] = [None] * len(value)
+        nothing = _SCALAR_TYPES[type(None)]
+        node["data"][0] = self.struct(_named("Base.Dict", _ANY, nothing), [keys, keys[:]])
+        self.fill(keys, value, [f"{path}, member {member!r}" for member in value])
+
+    def kept(self, container: Any, key: Any, value: Struct | OpaqueFunction, path: str) -> None:
+        content = value.data if isinstance(value, Struct) else value.captured
+        node: dict[str, Any] = {"tag": "struct", "type": None, "data": content}
+        names = value.fields if isinstance(value, Struct) else None
+        if names:
+            node["fields"] = list(names)
+        self.place(container, key, value, node)
+        self.put(node, "type", value.type, path)
+        if not isinstance(content, bytes):
+            node["data"] = [None] * len(content)
+            labels = [f".{name}" for name in names] if names else None
+            labels = labels or [f".data[{i}]" for i in range(len(content))]
+            self.fill(node["data"], content, [path + label for label in labels])
+
+    def instance(self, container: Any, key: Any, value: Any, path: str) -> None:
+        """Lower a function, a layer, or an object of a dataclass or namedtuple class."""
+        function = flux.function_name(value)
+        if function is not None:
+            container[key] = self.struct(_named(function), [])
+            return
+        kind = flux.kind_of(value)
+        names = kind.fields if kind else flux.field_names(type(value))
+        if names is None:
+            raise self.refuse(path, value, _advice(value))
+        if isinstance(value, TrackedArray) and value.tracker is None:
+            value = self.tracked(value)
+        node: dict[str, Any] = {"tag": "struct", "type": None, "data": [None] * len(names)}
+        if kind is None:
+            node["fields"] = list(names)
+        fields = self.open_struct(container, key, value, node)
+        self.put(node, "type", self.type_of(value), path)
+        parts = [_part(value, name) for name in names]
+        self.fill(fields, parts, [f"{path}.{name}" for name in names])
+
+    def tracked(self, value: TrackedArray) -> TrackedArray:
+        """Return a TrackedArray made in Python with Tracker.jl's record of a leaf beside it."""
+        array_type = self.array_type(value.data)
+        nothing, no_args = _SCALAR_TYPES[type(None)], _named("Core.Tuple")
+        grad = np.zeros(value.shape, value.dtype, order="F") if value.grad is None else value.grad
+        self.column_major.add(id(grad))
+        call = Struct(_named("Tracker.Call", nothing, no_args), [None, ()])
+        record = [np.uint32(0), call, True, grad]
+        tracker = Struct(_named("Tracker.Tracked", array_type), record)
+        made = TrackedArray(value.data, grad, tracker)
+        self.places[id(made)] = (None, None, (made, value))  # keeps both alive, as their ids are
+        return made
+
+    # --- arrays ---
+
+    def array(self, container: Any, key: Any, value: Any, path: str) -> None:
+        known = element_type_of(numpy_dtype(value))
+        if known is None:
+            raise self.refuse(path, value, _array_advice(numpy_dtype(value)))
+        flags = getattr(value, "flags", None)
+        is_column_major = len(value.shape) < 2 or bool(getattr(flags, "f_contiguous", False))
+        if is_column_major or id(value) in self.column_major:
+            self.place(container, key, value, self.array_node(value, known, value.shape, "F"))
+            return
+        parent = self.array_node(value, known, value.shape[::-1], "C")
+        order = tuple(range(len(value.shape), 0, -1))
+        array_type = self.array_type(value)
+        permuted = _named(
+            "Base.PermutedDimsArrays.PermutedDimsArray",
+            *array_type.params, order, order, array_type,
+        )  # fmt: skip
+        self.place(container, key, value, self.struct(permuted, [parent]))
+
+    def array_node(
+        self, value: Any, known: tuple[JuliaType, str | None], shape: Any, order: str
+    ) -> dict[str, Any]:
+        node: dict[str, Any] = {"tag": "array", "type": self.type(known[0])}
+        node["size"] = [self.int64(size) for size in shape]
+        if self.tag_devices:
+            device = devices.array_device(value)
+            if device != "cpu":
+                node["device"] = device
+        if known[1] is not None:
+            node["dtype"] = known[1]
+        node["data"] = self.make_payload(value, order)
+        return node
+
+    def julia_array(self, container: Any, key: Any, value: JuliaArray, path: str) -> None:
+        size = [self.int64(n) for n in value.shape]
+        node = {"tag": "array", "type": None, "size": size, "data": value.data}
+        self.place(container, key, value, node)
+        self.put(node, "type", value.element_type, path)
+        if isinstance(value.data, list):
+            elements = [None] * len(value.data)
+            node["data"] = elements
+            self.fill(elements, value.data, [f"{path}[{i}]" for i in range(len(elements))])
+
+    # --- documents kept as they came ---
+
+    def opaque(self, container: Any, key: Any, node: Any, kept: OpaqueDocument) -> None:
+        """Copy a document of a file, its backrefs numbered anew."""
+        target = kept.source.resolve(node, "an opaque value")
+        if target is not node:
+            if not self.is_met(container, key, target):
+                self.places[id(target)] = (container, key, target)
+                self.opaque(container, key, target, kept)
+        elif type(node) is dict:
+            copied: dict[str, Any] = {}
+            container[key] = copied
+            for name, child in node.items():
+                self.opaque(copied, name, child, kept)
+        elif type(node) is list:
+            elements = container[key] = [None] * len(node)
+            for index, child in enumerate(node):
+                self.opaque(elements, index, child, kept)
+        else:
+            container[key] = kept.source.read(node) if isinstance(node, Slot) else node
+
+
+_BY_TYPE: dict[type, Callable[[Lowerer, Any, str], Any]] = {
+    type(None): Lowerer.same,
+    bool: Lowerer.same,
+    float: Lowerer.same,
+    int: Lowerer.integer,
+    str: Lowerer.text,
+    Symbol: Lowerer.symbol,
+    bytes: Lowerer.octets,
+    bytearray: Lowerer.octets,
+    complex: Lowerer.complex_number,
+    datetime.date: Lowerer.date,
+    datetime.datetime: Lowerer.date_time,
+    tuple: Lowerer.tuple_of,
+}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a type (or a parameter of one) holds nothing that needs an identity."""
+    if isinstance(value, JuliaType):
+        return all(_is_plain(param) for param in value.params)
+    if type(value) is tuple:
+        return all(_is_plain(part) for part in value)
+    return type(value) in (int, bool, float, str, Symbol, type(None))
+
+
+def is_document(value: dict[str, Any]) -> bool:
+    """Whether the keys can be those of a document, which Julia reads as Dict{Symbol}."""
+    return _AWKWARD_KEYS.isdisjoint(value) and not any("\0" in name for name in value)
+
+
+def _part(value: Any, name: str) -> Any:
+    part = getattr(value, name)
+    if name == "layers" and type(part) is dict:  # a Chain with names
+        return NamedTuple(part)
+    return part
+
+
+def numpy_dtype(array: Any) -> np.dtype[Any]:
+    """Return an array's dtype as NumPy's; other libraries' by their name (`torch.float32`)."""
+    dtype = array.dtype
+    if isinstance(dtype, np.dtype):
+        return dtype
+    name = str(dtype).rpartition(".")[2]
+    try:
+        return np.dtype(name)
+    except TypeError:
+        return extension_dtype(name) or np.dtype(object)
+
+
+def _array_advice(dtype: np.dtype[Any]) -> str:
+    if dtype.names:
+        return f"save the fields of {dtype} as a dict of arrays"
+    if dtype.kind in "OUS":
+        return "save it as a list: array.tolist()"
+    return f"there is no Julia type for {dtype}; convert it, for example to float64"
+
+
+def _advice(value: Any) -> str:
+    if callable(value):
+        return "code is never saved; use a function of gpustore, or a dataclass with __call__"
+    return "make its class a dataclass, or save its parts as a dict"

@@ -1,0 +1,202 @@
+"""Saving: values are lowered into a document, laid out, and streamed into a new file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from gpustore import devices, document, flux, storage, transfer, tree
+from gpustore.digest import hasher
+from gpustore.document import PAYLOAD_DIGEST, STRUCTURE_DIGEST, Payload, Plan, Slot
+from gpustore.errors import UnsupportedValueError
+from gpustore.julia import JuliaType
+from gpustore.lower import Lowerer, is_document, numpy_dtype
+
+WRITER = "gpustore 0.1.0"
+_GATHER_NBYTES = 1024 * 1024  # smaller pieces are gathered into writes of this size
+Progress = Callable[[int, int], None]
+
+
+def save(
+    path: str | os.PathLike[str],
+    value: Any = None,
+    /,
+    *,
+    on_gpu: str = "transfer",
+    durable: bool = True,
+    layout: str = "auto",
+    progress: Progress | None = None,
+    **named: Any,
+) -> None:
+    """Save `value` and the `named` entries as one `.bson` file that gpustore and Julia read.
+
+    A dict with string keys gives the entries of the file; any other value is the file. Arrays may
+    lie on any device. `on_gpu`: "transfer" writes GPU arrays as CPU arrays, "tag" writes their
+    device beside the values, "error" refuses them by name. The file appears whole or not at all;
+    with `durable` it has reached the disk. `progress(done, total)` is called with bytes.
+
+    Raises UnsupportedValueError, naming the path of a value that cannot be saved, before anything
+    is written; OSError where the file system refuses.
+
+    >>> import gpustore as gs, numpy as np, tempfile, os
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = os.path.join(folder, "weights.bson")
+    ...     gs.save(file, weights=np.arange(3))
+    ...     gs.load(file, "weights")
+    array([0, 1, 2])
+    """
+    if on_gpu not in ("transfer", "tag", "error"):
+        raise UnsupportedValueError(
+            f"on_gpu: expected 'transfer', 'tag' or 'error', found {on_gpu!r}"
+        )
+    if layout not in ("auto", "inline"):
+        raise UnsupportedValueError(f"layout: expected 'auto' or 'inline', found {layout!r}")
+    root = _root(value, named)
+    if on_gpu == "error":
+        _refuse_gpu_arrays(root)
+    write_plan(path, plan_of(root, tag_devices=on_gpu == "tag"), durable, progress)
+
+
+def _root(value: Any, named: dict[str, Any]) -> Any:
+    """Return what the file holds: a dict of entries, or one other value."""
+    if value is None and named:
+        return named
+    is_entries = type(value) is dict and all(type(key) is str for key in value)
+    if not named:
+        return dict(value) if is_entries else value
+    if not is_entries:
+        raise UnsupportedValueError(
+            f"save: expected a dict with string keys beside named entries, found "
+            f"{type(value).__qualname__}; give it a name too"
+        )
+    twice = sorted(value.keys() & named.keys())
+    if twice:
+        raise UnsupportedValueError(f"save: the entry {twice[0]!r} is given twice")
+    return {**value, **named}
+
+
+def _refuse_gpu_arrays(root: Any) -> None:
+    found = [
+        f"{path} ({device})"
+        for path, array in tree.arrays(root)
+        if (device := devices.array_device(array)) != "cpu"
+    ]
+    if found:
+        raise UnsupportedValueError(
+            f"on_gpu='error': {len(found)} arrays are on a GPU: {', '.join(found[:20])}; save "
+            "cpu(model), or leave on_gpu at 'transfer'"
+        )
+
+
+def plan_of(root: Any, *, tag_devices: bool) -> Plan:
+    """Lower `root` and lay the file out; nothing is written."""
+
+    def make_payload(array: Any, order: str) -> Payload:
+        return transfer.payload_of(array, numpy_dtype(array), order)
+
+    lowerer = Lowerer(make_payload, _arrays_in_layers(root), tag_devices)
+    try:
+        return document.plan(_lower_root(lowerer, root), writer=WRITER)
+    except RecursionError:
+        raise UnsupportedValueError(
+            "the value is nested too deep to be saved; flatten it"
+        ) from None
+
+
+def _arrays_in_layers(root: Any) -> set[int]:
+    """Return the ids of arrays that are fields of layers, which Julia holds column-major."""
+    ids: set[int] = set()
+    for _, node in tree.walk(root):
+        kind = flux.kind_of(node)
+        if kind is not None and kind.is_layer:
+            ids.update(id(getattr(node, name)) for name in kind.fields)
+    return ids
+
+
+def _lower_root(lowerer: Lowerer, root: Any) -> dict[str, Any]:
+    if type(root) is dict and all(type(key) is str for key in root) and is_document(root):
+        node: Any = {}
+        for key, child in root.items():
+            lowerer.put(node, lowerer.text(key, "an entry's name"), child, key)
+    else:
+        holder: dict[str, Any] = {}
+        lowerer.put(holder, "value", root, "value")
+        node = holder["value"]
+        if type(node) is not dict or node.get("tag", "backref") == "backref":
+            some = JuliaType.named("Base.Some", JuliaType.named("Core.Any"))
+            node = lowerer.struct(some, [node]) | {"python": "value"}
+    if lowerer.backrefs:
+        node["_backrefs"] = lowerer.backrefs
+    return dict(node)
+
+
+def write_plan(
+    path: str | os.PathLike[str], plan: Plan, durable: bool, progress: Progress | None
+) -> None:
+    """Stream a plan into a new file at `path`, filling in the digests on the way."""
+    whole = hasher()
+    with storage.replacing(path, nbytes=plan.nbytes, durable=durable) as file:
+        done, gathered = 0, bytearray()
+        for index, structure in enumerate(plan.structures):
+            is_last = index == len(plan.payloads)
+            if is_last:
+                whole.update(structure[: STRUCTURE_DIGEST.start])
+                whole.update(structure[STRUCTURE_DIGEST.stop :])
+                structure[STRUCTURE_DIGEST] = whole.digest()
+            else:
+                whole.update(structure)
+            gathered += structure
+            if is_last or len(gathered) >= _GATHER_NBYTES:
+                file.write(gathered)
+                done, gathered = done + len(gathered), bytearray()
+            if is_last:
+                break
+            payload_hasher = hasher()
+            for chunk in plan.payloads[index].chunks():
+                payload_hasher.update(chunk)
+                if len(gathered) + chunk.nbytes < _GATHER_NBYTES:
+                    gathered += memoryview(chunk)
+                    continue
+                file.write(gathered)
+                file.write(chunk)
+                done, gathered = done + len(gathered) + chunk.nbytes, bytearray()
+                if progress is not None:
+                    progress(done, plan.nbytes)
+            plan.structures[index + 1][PAYLOAD_DIGEST] = payload_hasher.digest()
+        if progress is not None:
+            progress(done, plan.nbytes)
+
+
+def save_document(path: str | os.PathLike[str], content: dict[str, Any], buffer: Any) -> None:
+    """Write a scanned document (`slot_nbytes=0`) anew without device tags, streaming its arrays.
+
+    Nothing is lifted, so all that the document holds is kept as it is.
+    """
+
+    def copied(node: Any) -> Any:
+        if isinstance(node, list):
+            return [copied(child) for child in node]
+        if isinstance(node, Slot):
+            return bytes(buffer[node.offset : node.offset + node.nbytes])
+        if not isinstance(node, dict):
+            return node
+        if node.get("tag") == "array" and isinstance(node.get("data"), Slot):
+            kept = {key: copied(node[key]) for key in node if key not in _REMADE}
+            return kept | {"data": _slot_payload(buffer, node["data"])}
+        return {key: copied(child) for key, child in node.items()}
+
+    entries = {key: copied(child) for key, child in content.items() if key != "_gpustore"}
+    write_plan(path, document.plan(entries, writer=WRITER), True, None)
+
+
+_REMADE = ("device", "_", "data", "blake3")  # of an array document: dropped or written anew
+
+
+def _slot_payload(buffer: Any, slot: Slot) -> Payload:
+    def chunks() -> Iterator[Any]:
+        for start in range(slot.offset, slot.offset + slot.nbytes, transfer.CHUNK_NBYTES):
+            stop = min(start + transfer.CHUNK_NBYTES, slot.offset + slot.nbytes)
+            yield memoryview(buffer)[start:stop]
+
+    return Payload(slot.nbytes, chunks)

@@ -1,0 +1,60 @@
+"""Payloads between the memory of any device and a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from gpustore import devices
+from gpustore.document import Payload
+
+CHUNK_NBYTES = 8 * 1024 * 1024
+
+
+def payload_of(array: Any, dtype: np.dtype[Any], order: str) -> Payload:
+    """Return the payload of an array on any device: its little-endian bytes in `order` "C" or "F".
+
+    Nothing is copied until `chunks()` is consumed; a GPU array is then brought to the host whole,
+    a host array that lies as it is to be written is not copied at all, others chunk by chunk.
+    """
+    dtype = dtype.newbyteorder("<")
+    nbytes = math.prod(int(size) for size in array.shape) * dtype.itemsize
+
+    def chunks() -> Iterator[Any]:
+        host = devices.to_host(array)
+        return _host_chunks(host.T if order == "F" else host, dtype)
+
+    return Payload(nbytes, chunks)
+
+
+def _host_chunks(host: Any, dtype: np.dtype[Any]) -> Iterator[Any]:
+    """Yield the C-order bytes of a host array, at most CHUNK_NBYTES at a time."""
+    if host.size == 0:
+        return
+    if host.flags.c_contiguous and host.dtype == dtype:
+        octets = host.reshape(-1).view(np.uint8)
+        for start in range(0, octets.size, CHUNK_NBYTES):
+            yield octets[start : start + CHUNK_NBYTES]
+        return
+    blocks = np.nditer(
+        host,
+        flags=["external_loop", "buffered"],
+        op_dtypes=[dtype],
+        casting="equiv",
+        order="C",
+        buffersize=CHUNK_NBYTES // dtype.itemsize,
+    )
+    for block in blocks:
+        yield np.ascontiguousarray(block).view(np.uint8)
+
+
+def host_view(buffer: Any, offset: int, dtype: np.dtype[Any], shape: Any, order: str) -> Any:
+    """Return the array of `shape` in memory `order` at `offset` of a buffer: a view, no copy."""
+    count = math.prod(shape)
+    if count == 0:
+        return np.empty(shape, dtype, order="F" if order == "F" else "C")
+    flat = np.frombuffer(buffer, dtype, count, offset)
+    return flat.reshape(shape, order="F" if order == "F" else "C")

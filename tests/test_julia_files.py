@@ -1,0 +1,143 @@
+"""Files that real Julia wrote: every value beside them, every output of every model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpustore as gs
+from gpustore import testing
+from gpustore.julia import JuliaArray, LostArray, Struct
+
+FOLDER = Path(__file__).parent / "fixtures" / "julia"
+FILES = sorted(path.stem for path in FOLDER.glob("*.bson"))
+LISTINGS = [name for name in FILES if name.startswith(("doc_", "cpu_model"))]
+FIELDS = {"Flux.Dense": ("weight", "bias", "σ")}
+
+
+def described(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def step(value, kind, key, fields):
+    """Follow one step of a fixture's path; None where our value has no such part."""
+    if kind == "key":
+        return value[key]
+    if kind == "index":
+        index = key if isinstance(key, int) else None
+        if isinstance(value, gs.Params):
+            return None
+        return value[index - 1] if isinstance(value, (list, tuple)) and index else None
+    if kind == "field":
+        if isinstance(value, Struct) and not isinstance(value.data, bytes):
+            return value.data[fields.index(key)]
+        names = {"W": "weight", "b": "bias"} if isinstance(value, gs.Dense) else {}
+        return getattr(value, names.get(key, key), None)
+    return None
+
+
+def found_at(root, steps, nodes):
+    value, path = root, []
+    for kind, key in steps:
+        fields = nodes.get(json.dumps(path), [])
+        value = step(value, kind, key, fields)
+        path.append([kind, key])
+        if value is None:
+            return None
+    return value
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_loads_and_saved_again_gives_the_same_values(name, tmp_path):
+    loaded = gs.load(FOLDER / f"{name}.bson", lost="placeholder")
+    gs.save(tmp_path / "again.bson", loaded)
+    again = gs.load(tmp_path / "again.bson", lost="placeholder", verify=True)
+    testing.assert_same(again, loaded)
+
+
+@pytest.mark.parametrize("name", LISTINGS)
+def test_every_array_of_the_documented_listings_has_julias_bits(name):
+    about = described(name)
+    root = gs.load(FOLDER / f"{name}.bson")
+    nodes = {json.dumps(n["steps"]): n.get("fields", []) for n in about["nodes"]}
+    checked = 0
+    with np.load(FOLDER / f"{name}.npz") as expected:
+        for entry in about["arrays"]:
+            found = found_at(root, entry["steps"], nodes)
+            if found is None:
+                continue
+            checked += 1
+            assert found.shape == tuple(entry["size"])
+            assert np.asarray(found).tobytes() == expected[entry["npz"]].tobytes()
+    assert checked >= len(about["arrays"]) // 2
+
+
+@pytest.mark.parametrize("name", [n for n in LISTINGS if described(n).get("forward")])
+def test_models_of_the_documented_listings_give_julias_outputs(name):
+    root = gs.load(FOLDER / f"{name}.bson")
+    with np.load(FOLDER / f"{name}.npz") as numbers:
+        for record in described(name)["forward"]:
+            model = root[record["model"]]
+            output = model(numbers[record["input"]["npz"]])
+            assert output.dtype == np.float32
+            np.testing.assert_allclose(output, numbers[record["output"]["npz"]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("mlp_activations")])
+def test_every_activation_gives_julias_output(name):
+    root = gs.load(FOLDER / f"{name}.bson")
+    with np.load(FOLDER / f"{name}.npz") as numbers:
+        for record in described(name)["forward"]:
+            output = root[record["model"]](numbers[record["input"]["npz"]])
+            expected = numbers[record["output"]["npz"]]
+            np.testing.assert_allclose(output, expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", [n for n in LISTINGS if "params" in n or "weights" in n])
+def test_data_of_params_are_plain_arrays_in_fluxs_order(name):
+    entries = gs.load(FOLDER / f"{name}.bson")
+    for weights in entries.values():
+        plain = gs.data(weights)
+        assert [a.shape for a in plain] == [(5, 10), (5,), (2, 5), (2,)]
+        model = gs.Chain(gs.Dense(10, 5, gs.relu), gs.Dense(5, 2), gs.softmax)
+        gs.loadparams(model, weights)
+        assert np.array_equal(model[0].weight, plain[0])
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("gpu_")])
+def test_pointers_that_julia_saved_from_the_gpu_are_the_documented_failure(name):
+    path = FOLDER / f"{name}.bson"
+    with pytest.raises(gs.DeviceDataLostError, match=r"model.*shape \(5, 9\)|model.*Float32, shape"):
+        gs.load(path)
+    rest = gs.load(path, lost="placeholder")
+    lost = [node for _, node in gs.tree.walk(rest) if isinstance(node, LostArray)]
+    assert lost and all(isinstance(node.shape, tuple) and node.shape for node in lost)
+
+
+def test_lost_arrays_have_the_shapes_julia_had():
+    for name in [n for n in FILES if n.startswith("gpu_model")]:
+        model = gs.load(FOLDER / f"{name}.bson", "model", lost="placeholder")
+        weight = gs.data(model[0].weight)
+        assert isinstance(weight, LostArray) and weight.shape == (5, 9)
+        assert weight.element_type == "Core.Float32"
+
+
+def test_sharing_and_cycles_of_the_file_are_those_of_the_values():
+    shared = gs.load(FOLDER / "shared_v1.bson")
+    groups = described("shared_v1")["shared"]
+    assert groups
+    arrays = [v for v in shared.values() if isinstance(v, np.ndarray)]
+    assert len({id(a) for a in arrays}) < len(arrays) or any(
+        isinstance(v, (list, tuple)) for v in shared.values()
+    )
+    cyclic = gs.load(FOLDER / "cyclic_v2.bson")
+    assert any(v[-1] is v or v in v for v in cyclic.values() if isinstance(v, list))
+
+
+def test_element_types_without_a_dtype_are_kept_as_julia_arrays():
+    loaded = gs.load(FOLDER / "arrays_eltypes_v1.bson")
+    kinds = {type(v) for _, v in gs.tree.walk(loaded)}
+    assert np.ndarray in kinds and JuliaArray in kinds
