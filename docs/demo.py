@@ -23,25 +23,23 @@ from gpustore.testing import fake_cuda
 JULIA = Path(__file__).parents[1] / "tests" / "fixtures" / "julia" / "doc_model_flux08_v1"
 
 SERVER = """
-import sys
 import numpy as np
 import gpustore as gs
 
-folder = sys.argv[1]
 print("   CUDA here:", gs.cuda_status().message)
-model = gs.load(folder + "/mymodel.bson", "model")
+model = gs.load("mymodel.bson", "model")
 print("   loaded:", model)
-with np.load(folder + "/expected.npz") as expected:
+with np.load("expected.npz") as expected:
     same = np.array_equal(model(expected["x"]), expected["y"])
     print("   outputs equal to the workstation's:", same)
     assert same
     try:
-        gs.load(folder + "/tagged.bson", "model")
+        gs.load("tagged.bson", "model")
         raise SystemExit("the tagged file must not load without CUDA")
     except gs.CUDAUnavailableError as error:
         print("   the GPU-tagged file fails as documented:")
         print("     CUDAUnavailableError:", error)
-    model = gs.load(folder + "/tagged.bson", "model", device="cpu")
+    model = gs.load("tagged.bson", "model", device="cpu")
     same = np.array_equal(model(expected["x"]), expected["y"])
     print("   the way out, load(..., device='cpu'): outputs equal:", same)
     assert same
@@ -79,14 +77,16 @@ def main() -> None:
         with nullcontext() if status else fake_cuda(1):
             on_gpu = gs.gpu(model)
             device = gs.device_of(on_gpu)
-            print(f"   the model is on {device}" + ("" if status else " (a fake one, for the demo)"))
+            print(
+                f"   the model is on {device}" + ("" if status else " (a fake one, for the demo)")
+            )
             gs.save(f"{folder}/mymodel.bson", model=on_gpu)
             gs.save(f"{folder}/tagged.bson", model=on_gpu, on_gpu="tag")
         np.savez(f"{folder}/expected.npz", x=x, y=gs.load(f"{folder}/mymodel.bson", "model")(x))
         print("   saved mymodel.bson (a CPU file) and tagged.bson (it remembers the GPU)")
         print("2. On the server: another process, CUDA hidden.", flush=True)
         hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run([sys.executable, "-c", SERVER, folder], env=hidden, check=True)
+        subprocess.run([sys.executable, "-c", SERVER], cwd=folder, env=hidden, check=True)
     print("3. A file that Julia's Flux 0.8 wrote, opened without Julia.")
     model = gs.load(f"{JULIA}.bson", "model")
     print("   loaded:", model)

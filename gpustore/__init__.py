@@ -37,8 +37,7 @@ from gpustore.tree import (
     state,
     testmode,
 )
-
-__version__ = "0.1.0"
+from gpustore.version import __version__
 
 __all__ = [
     "CUDAStatus",
@@ -83,5 +82,6 @@ __all__ = [
     "save",
     "state",
     "testmode",
+    "__version__",
     *_activations,
 ]

@@ -10,7 +10,8 @@ import click
 
 from gpustore import errors, tree
 from gpustore.julia import ArraySpec, LostArray, OpaqueFunction, Struct
-from gpustore.load import StoredFile, Verification, open_file
+from gpustore.load import StoredFile, open_file
+from gpustore.verify import Verification
 
 _MAX_CHILDREN = 60  # of one list; the rest is counted
 _MAX_WIDTH = 100
@@ -133,7 +134,7 @@ def cpu(file: str, output: str) -> None:
     """Write FILE without its device tags: a file that loads on every machine. Needs no GPU."""
     with open_file(file) as stored:
         value = stored.value(make_array=lambda spec, path: spec)
-        lost = [path for path, node in tree.walk(value, "file") if isinstance(node, LostArray)]
+        lost = [path for path, node in tree.walk_entries(value) if isinstance(node, LostArray)]
         if lost:
             raise errors.DeviceDataLostError(
                 f"{file}: the values of {len(lost)} arrays are not in the file (Julia saved GPU "
@@ -145,9 +146,14 @@ def cpu(file: str, output: str) -> None:
 
 def main() -> None:
     """Run the command; every error ends as one sentence on stderr and exit code 1."""
+    code: Any = 0
     try:
-        code = cli(standalone_mode=False)
-    except click.exceptions.Abort:
+        # not cli(): it takes an EOFError, as TruncatedFileError is one, for an interrupt
+        with cli.make_context("gpustore", sys.argv[1:]) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
         code = _fail("interrupted")
     except click.ClickException as error:
         code = _fail(error.format_message())
@@ -158,7 +164,7 @@ def main() -> None:
         code = 1
     except (errors.GpustoreError, OSError) as error:
         code = _fail(str(error))
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)
 
 
 def _fail(sentence: str) -> int:

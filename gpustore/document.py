@@ -314,11 +314,14 @@ class _Scanner:
                 return self.decode_whole(start, limit, is_array), limit
         keys, values, end = self.elements(start + 4, limit, depth)
         if nbytes != -1 and end != limit:
-            raise self.malformed(end, f"a document of {nbytes} bytes ends {limit - end} bytes early")
+            raise self.malformed(
+                end, f"a document of {nbytes} bytes ends {limit - end} bytes early"
+            )
         return (values if is_array else dict(zip(keys, values, strict=True))), end
 
     def elements(self, position: int, limit: int, depth: int) -> tuple[list[str], list[Any], int]:
-        keys, values = [], []
+        keys: list[str] = []
+        values: list[Any] = []
         while True:
             self.need(position, 1, limit)
             kind = self.buffer[position]

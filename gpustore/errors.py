@@ -1,4 +1,4 @@
-"""The exceptions that gpustore raises; each is also the built-in class a caller would catch anyway."""
+"""The exceptions of gpustore; each is also the built-in class a caller would catch anyway."""
 
 from __future__ import annotations
 

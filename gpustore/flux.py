@@ -48,22 +48,18 @@ TABLE = (
 _KINDS: dict[tuple[str, int], StructKind] = {(kind.name, len(kind.fields)): kind for kind in TABLE}
 _KINDS_OF: dict[type, StructKind] = {kind.cls: kind for kind in reversed(TABLE)}
 
-_BASE_FUNCTIONS = ("identity", "tanh", "exp", "abs", "sin", "cos", "sqrt", "abs2", "sign", "log")
-_NNLIB_NAMES = {"σ": "σ", "hardσ": "hardσ", "logσ": "logσ"}  # NNlib's own spelling
+_BASE_FUNCTIONS = ("identity", "tanh", "exp", "log", "sqrt", "sin", "cos", "abs", "abs2", "sign")
 
 
 def _function_table() -> dict[str, Callable[..., Any]]:
-    table: dict[str, Callable[..., Any]] = {}
-    for name in activations.__all__:
-        module = "Base" if name in _BASE_FUNCTIONS else "NNlib"
-        table[f"{module}.#{name}"] = getattr(activations, name)
-    return table
+    nnlib = [name for name in activations.__all__ if name not in _BASE_FUNCTIONS]
+    table = {f"NNlib.#{name}": getattr(activations, name) for name in nnlib}
+    return table | {f"Base.#{name}": getattr(activations, name) for name in _BASE_FUNCTIONS}
 
 
-FUNCTIONS = _function_table()
+FUNCTIONS = _function_table()  # by the names of their Julia types
 _FUNCTION_NAMES = {
-    function: f"{'Base' if function.__name__ in _BASE_FUNCTIONS else 'NNlib'}.#{function.__name__}"
-    for function in FUNCTIONS.values()
+    function: name for name, function in FUNCTIONS.items() if name.endswith("#" + function.__name__)
 }
 
 
@@ -118,7 +114,7 @@ def _register(cls: _Class, name: str) -> _Class:
     taken = [kind for kind in _KINDS.values() if kind.name == name]
     if taken and taken[0].cls.__qualname__ != cls.__qualname__:
         raise UnsupportedValueError(
-            f"model_type: {name} already stands for {taken[0].cls.__qualname__}; choose another name"
+            f"model_type: {name} already stands for {taken[0].cls.__qualname__}; choose another"
         )
     kind = StructKind(cls, name, fields)
     _KINDS[name, len(fields)] = _KINDS_OF[cls] = kind

@@ -227,7 +227,8 @@ _COMPLEX = {"Core.Float32": "<c8", "Core.Float64": "<c16"}
 _FOREIGN = {  # read under these names, of the packages that define them
     "Core.BFloat16": "bfloat16", "BFloat16s.BFloat16": "bfloat16",
     "DLFP8Types.Float8_E4M3FN": "float8_e4m3fn", "DLFP8Types.Float8_E5M2": "float8_e5m2",
-    "DLFP8Types.Float8_E4M3FNUZ": "float8_e4m3fnuz", "DLFP8Types.Float8_E5M2FNUZ": "float8_e5m2fnuz",
+    "DLFP8Types.Float8_E4M3FNUZ": "float8_e4m3fnuz",
+    "DLFP8Types.Float8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
 _DTYPES = {JuliaType.named(name): np.dtype(code) for name, code in _NATIVE.items()}
 _DTYPES |= {

@@ -153,7 +153,9 @@ class Lifter:
                 self.types[spelling] = JuliaType(spelling)
             return self.types[spelling]
         lifted = self.type_params(params, path)
-        return OpaqueDocument(node, self.source) if lifted is None else JuliaType(tuple(names), lifted)
+        return (
+            OpaqueDocument(node, self.source) if lifted is None else JuliaType(tuple(names), lifted)
+        )
 
     def type_params(self, params: Any, path: str) -> tuple[Any, ...] | None:
         """Lift type parameters, which BSON.jl packs as an array where they share a bits type.
@@ -268,7 +270,8 @@ class Lifter:
         """Make an object of a known class: first the object, then its fields (cycles close)."""
         if issubclass(kind.cls, tuple):
             return kind.cls(*self.children(content, path))
-        made = self.memo[id(node)] = object.__new__(kind.cls)
+        made: Any = object.__new__(kind.cls)
+        self.memo[id(node)] = made
         for name, child in zip(kind.fields, content, strict=True):
             object.__setattr__(made, name, self.value(child, f"{path}.{name}"))
         if "julia_type" in getattr(kind.cls, "__slots__", ()):
@@ -283,9 +286,7 @@ class Lifter:
         made = self.memo[id(node)] = Struct(julia_type, fields, tuple(names) if names else None)
         labels = [f".{name}" for name in names] if names else range(len(content))
         for label, child in zip(labels, content, strict=True):
-            fields.append(
-                self.value(child, f"{path}{label}" if names else f"{path}.data[{label}]")
-            )
+            fields.append(self.value(child, f"{path}{label}" if names else f"{path}.data[{label}]"))
         return made
 
     def lost_array(self, julia_type: Any, content: Any, path: str) -> LostArray:
@@ -420,7 +421,7 @@ def _nbytes(payload: bytes | Slot | list[Any]) -> int:
 def _primitive(
     julia_type: JuliaType | OpaqueDocument, dtype: np.dtype[Any] | None, raw: bytes
 ) -> Any:
-    """Return the value of a primitive struct: a NumPy scalar, a wide int, or the struct as it is."""
+    """Return the value of a primitive struct: a NumPy scalar, a wide int, or the struct itself."""
     name = julia_type.name if isinstance(julia_type, JuliaType) else ""
     if dtype is not None and len(raw) == dtype.itemsize:
         return np.frombuffer(raw, dtype)[0]

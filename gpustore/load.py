@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from gpustore import devices, document, storage, transfer, tree
-from gpustore.digest import blake3_digest, hasher
 from gpustore.document import FORMAT_VERSION, Slot
 from gpustore.errors import (
     CUDAUnavailableError,
@@ -26,9 +26,9 @@ from gpustore.julia import ArraySpec, LostArray
 from gpustore.lift import RESERVED, TAGS, Lifter
 from gpustore.save import save_document
 from gpustore.storage import MappedFile
+from gpustore.verify import Progress, Verification, verify_file
 
 DeviceChoice = str | Mapping[str, str] | Callable[[str], str | None] | None
-Progress = Callable[[int, int], None]
 
 
 def load(
@@ -123,7 +123,7 @@ def _entries(lifter: Lifter, content: dict[str, Any], names: tuple[str, ...], pa
 def _refuse_lost(root: Any, names: tuple[str, ...], path: str) -> None:
     lost = [
         f"{where} ({node.element_type}, shape {node.shape})"
-        for where, node in _walk_entries(root)
+        for where, node in tree.walk_entries(root)
         if isinstance(node, LostArray)
     ]
     if lost:
@@ -135,12 +135,23 @@ def _refuse_lost(root: Any, names: tuple[str, ...], path: str) -> None:
         )
 
 
-def _walk_entries(root: Any) -> Iterator[tuple[str, Any]]:
-    if type(root) is dict:
-        for key, child in root.items():
-            yield from tree.walk(child, str(key))
-    else:
-        yield from tree.walk(root, "value")
+def _raise_on_damage(file: MappedFile, progress: Progress | None) -> None:
+    found = verify_file(file, progress, lambda offset: _path_at(file, offset))
+    if not found:
+        raise IntegrityError(
+            f"{file.path}: the digest differs for {', '.join(found.damaged[:20])}; the file was "
+            "damaged or changed after it was saved: restore it from a copy"
+        )
+
+
+def _path_at(file: MappedFile, offset: int) -> str:
+    """Return the path of the array whose payload begins at `offset`, or words for it."""
+    content = document.scan(file.buffer, name=file.path, slot_nbytes=0)
+    with contextlib.suppress(FormatError):
+        for entry in _list_arrays(file, content):
+            if entry.offset == offset:
+                return entry.path
+    return f"the array at byte {offset}"
 
 
 # --- arrays -----------------------------------------------------------------------------------
@@ -191,7 +202,7 @@ class _Arrays:
                 counts = Counter(self.tags.values())
                 tagged = ", ".join(f"{n} arrays are tagged {tag}" for tag, n in counts.items())
                 raise CUDAUnavailableError(
-                    f"{self.file.path}: {tagged or f'arrays are wanted on {device}'}, but {error} "
+                    f"{self.file.path}: {tagged or f'arrays are wanted on {device}'}, but {error}. "
                     "To load it here, pass device='cpu'; to make a file that loads everywhere, "
                     "save cpu(model)",
                     error.cause,
@@ -224,80 +235,6 @@ def _chooser(device: DeviceChoice) -> Callable[[str], str]:
             f"device: expected None, a device, a mapping or a callable, found {device!r}"
         )
     return lambda tag: devices.parse_device(choose(tag) or tag)
-
-
-# --- integrity --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What `verify` found: names of damaged parts, and how many arrays were checked."""
-
-    damaged: tuple[str, ...]
-    arrays: int
-    has_structure_digest: bool
-
-    def __bool__(self) -> bool:
-        return not self.damaged
-
-
-def verify_file(file: MappedFile, progress: Progress | None = None) -> Verification:
-    """Check every digest of a file against the bytes it was made of.
-
-    `damaged` holds the paths of arrays, and "structure" where the rest of the file differs. A
-    file that Julia wrote has no digests: nothing is checked.
-    """
-    content = document.scan(file.buffer, name=file.path, slot_nbytes=0)
-    payloads: list[tuple[Slot, Slot]] = []
-    for node in document.walk(content):
-        data, digest = node.get("data"), node.get("blake3")
-        if node.get("tag") == "array" and isinstance(data, Slot) and isinstance(digest, Slot):
-            payloads.append((data, digest))
-    names: dict[int, str] = {}
-    damaged: list[str] = []
-    view = memoryview(file.buffer)
-    done = 0
-    for data, digest in payloads:
-        expected = bytes(view[digest.offset : digest.offset + digest.nbytes])
-        if blake3_digest(view[data.offset : data.offset + data.nbytes]) != expected:
-            names = names or _paths_by_offset(file, content)
-            damaged.append(names.get(data.offset, f"the array at byte {data.offset}"))
-        done += data.nbytes
-        if progress is not None:
-            progress(done, file.nbytes)
-    stamp = content.get("_gpustore")
-    has_digest = isinstance(stamp, dict) and isinstance(stamp.get("blake3"), Slot)
-    if isinstance(stamp, dict) and has_digest:
-        if _structure_digest(view, [data for data, _ in payloads], stamp["blake3"]) is False:
-            damaged.append("structure")
-    return Verification(tuple(damaged), len(payloads), has_digest)
-
-
-def _structure_digest(view: memoryview, payloads: list[Slot], digest: Slot) -> bool:
-    """Whether the digest is that of all bytes outside payloads and outside the digest itself."""
-    whole, position = hasher(), 0
-    for slot in sorted([*payloads, digest], key=lambda slot: slot.offset):
-        whole.update(view[position : slot.offset])
-        position = slot.offset + slot.nbytes
-    whole.update(view[position:])
-    found: bytes = whole.digest()
-    return found == bytes(view[digest.offset : digest.offset + digest.nbytes])
-
-
-def _paths_by_offset(file: MappedFile, content: dict[str, Any]) -> dict[int, str]:
-    try:
-        return {entry.offset: entry.path for entry in _list_arrays(file, content)}
-    except FormatError:
-        return {}
-
-
-def _raise_on_damage(file: MappedFile, progress: Progress | None) -> None:
-    found = verify_file(file, progress)
-    if not found:
-        raise IntegrityError(
-            f"{file.path}: the digest differs for {', '.join(found.damaged[:20])}; the file was "
-            "damaged or changed after it was saved: restore it from a copy"
-        )
 
 
 # --- lazy reading -----------------------------------------------------------------------------
@@ -393,7 +330,9 @@ class StoredFile(Mapping[str, Any]):
         entry = next((entry for entry in self.arrays if entry.path == array_path), None)
         if entry is None:
             known = ", ".join(entry.path for entry in self.arrays[:20])
-            raise EntryNotFoundError(f"{self.path}: expected an array {array_path!r}, found {known}")
+            raise EntryNotFoundError(
+                f"{self.path}: expected an array {array_path!r}, found {known}"
+            )
         slot = Slot(entry.offset, entry.nbytes)
         spec = ArraySpec(entry.dtype, entry.shape, entry.order, "cpu", slot, entry.digest)
         array = host_array(self._file, spec, array_path)
@@ -410,7 +349,7 @@ class StoredFile(Mapping[str, Any]):
 
     def verify(self, progress: Progress | None = None) -> Verification:
         """Check every digest in the file and return what was found."""
-        return verify_file(self._file, progress)
+        return verify_file(self._file, progress, lambda offset: _path_at(self._file, offset))
 
 
 def open_file(path: str | os.PathLike[str]) -> StoredFile:

@@ -24,25 +24,24 @@ from gpustore.julia import (
     Struct,
     Symbol,
     element_type_of,
-    extension_dtype,
 )
 from gpustore.tree import TrackedArray
+from gpustore.typeof import (
+    array_type,
+    field_of,
+    is_plain,
+    named_tuple_type,
+    numpy_dtype,
+    type_document,
+    type_of,
+)
 
 _named = JuliaType.named
 _ANY = _named("Core.Any")
 _FLOAT64 = _named("Core.Float64")
+_NOTHING = _named("Core.Nothing")
 _UNIX_EPOCH_DAYS = 719163  # 1970-01-01 in days from 0000-12-31, where Julia's dates begin
 _AWKWARD_KEYS = {"tag", "_backrefs", "_gpustore", "$ref"}  # they mean something to a reader
-_SCALAR_TYPES: dict[type, JuliaType] = {
-    type(None): _named("Core.Nothing"),
-    bool: _named("Core.Bool"),
-    int: _named("Core.Int64"),
-    float: _FLOAT64,
-    str: _named("Core.String"),
-    Symbol: _named("Core.Symbol"),
-    list: _named("Core.Array", _ANY, 1),
-    dict: _named("Base.Dict", _named("Core.Symbol"), _ANY),
-}
 
 
 class Lowerer:
@@ -212,66 +211,16 @@ class Lowerer:
         """Return a type that holds nothing opaque, encoded once."""
         encoded = self.encoded.get(julia_type)
         if encoded is None:
-            encoded = self.encoded[julia_type] = document.encode(self.type_node(julia_type))
+            encoded = self.encoded[julia_type] = document.encode(type_document(julia_type))
         return encoded
 
-    def type_node(self, value: Any) -> Any:
-        if isinstance(value, JuliaType):
-            params = [self.type_node(param) for param in value.params]
-            return {"tag": "datatype", "name": list(value.path), "params": params}
-        if isinstance(value, tuple):
-            return {"tag": "tuple", "data": [self.type_node(part) for part in value]}
-        if isinstance(value, Symbol):
-            return self.symbol(value, "a type parameter")
-        return self.int64(value) if type(value) is int else value
-
     def julia_type(self, container: Any, key: Any, value: JuliaType, path: str) -> None:
-        if _is_plain(value):
+        if is_plain(value):
             container[key] = self.type(value)
             return
         params: list[Any] = [None] * len(value.params)
         container[key] = {"tag": "datatype", "name": list(value.path), "params": params}
         self.fill(params, value.params, [path] * len(params))
-
-    def type_of(self, value: Any) -> Any:
-        """Return the Julia type that `value` is written as."""
-        known = _SCALAR_TYPES.get(type(value))
-        if known is not None:
-            return known
-        if devices.is_array(value):
-            return self.array_type(value)
-        if isinstance(value, NamedTuple):
-            return self.named_tuple_type(value)
-        if type(value) is tuple:
-            return _named("Core.Tuple", *(self.type_of(part) for part in value))
-        if isinstance(value, (Struct, OpaqueFunction, LostArray)):
-            return value.type
-        if isinstance(value, TrackedArray) and value.julia_type is None:
-            inner = self.type_of(value.data)
-            return _named("Tracker.TrackedArray", *inner.params, inner)
-        function = flux.function_name(value)
-        if function is not None:
-            return _named(function)
-        return self.instance_type(value)
-
-    def instance_type(self, value: Any) -> Any:
-        own = getattr(value, "julia_type", None)
-        if own is not None:
-            return own
-        kind = flux.kind_of(value)
-        if kind is None:
-            return _named(f"Main.{type(value).__name__}")
-        return _named(kind.name, *(self.type_of(_part(value, name)) for name in kind.params))
-
-    def named_tuple_type(self, value: dict[str, Any]) -> JuliaType:
-        names = tuple(Symbol(name) for name in value)
-        types = [self.type_of(part) for part in value.values()]
-        return _named("Core.NamedTuple", names, _named("Core.Tuple", *types))
-
-    def array_type(self, value: Any) -> JuliaType:
-        known = element_type_of(numpy_dtype(value))
-        element_type = known[0] if known else _ANY
-        return _named("Core.Array", element_type, len(value.shape))
 
     # --- objects ---
 
@@ -304,7 +253,7 @@ class Lowerer:
     ) -> None:
         node = {"tag": "struct", "type": None, "data": [None] * len(value)}
         fields = self.open_struct(container, key, value, node)
-        self.julia_type(node, "type", self.named_tuple_type(value), "")
+        self.julia_type(node, "type", named_tuple_type(value), "")
         self.fill(fields, value.values(), paths)
 
     def members(self, container: Any, key: Any, value: Any, path: str) -> None:
@@ -314,7 +263,7 @@ class Lowerer:
             node["python"] = "frozenset"
         self.place(container, key, value, node)
         keys: list[Any] = [None] * len(value)
-        nothing = _SCALAR_TYPES[type(None)]
+        nothing = _NOTHING
         node["data"][0] = self.struct(_named("Base.Dict", _ANY, nothing), [keys, keys[:]])
         self.fill(keys, value, [f"{path}, member {member!r}" for member in value])
 
@@ -348,19 +297,19 @@ class Lowerer:
         if kind is None:
             node["fields"] = list(names)
         fields = self.open_struct(container, key, value, node)
-        self.put(node, "type", self.type_of(value), path)
-        parts = [_part(value, name) for name in names]
+        self.put(node, "type", type_of(value), path)
+        parts = [field_of(value, name) for name in names]
         self.fill(fields, parts, [f"{path}.{name}" for name in names])
 
     def tracked(self, value: TrackedArray) -> TrackedArray:
         """Return a TrackedArray made in Python with Tracker.jl's record of a leaf beside it."""
-        array_type = self.array_type(value.data)
-        nothing, no_args = _SCALAR_TYPES[type(None)], _named("Core.Tuple")
+        inner = array_type(value.data)
+        nothing, no_args = _NOTHING, _named("Core.Tuple")
         grad = np.zeros(value.shape, value.dtype, order="F") if value.grad is None else value.grad
         self.column_major.add(id(grad))
         call = Struct(_named("Tracker.Call", nothing, no_args), [None, ()])
         record = [np.uint32(0), call, True, grad]
-        tracker = Struct(_named("Tracker.Tracked", array_type), record)
+        tracker = Struct(_named("Tracker.Tracked", inner), record)
         made = TrackedArray(value.data, grad, tracker)
         self.places[id(made)] = (None, None, (made, value))  # keeps both alive, as their ids are
         return made
@@ -378,10 +327,10 @@ class Lowerer:
             return
         parent = self.array_node(value, known, value.shape[::-1], "C")
         order = tuple(range(len(value.shape), 0, -1))
-        array_type = self.array_type(value)
+        whole = array_type(value)
         permuted = _named(
             "Base.PermutedDimsArrays.PermutedDimsArray",
-            *array_type.params, order, order, array_type,
+            *whole.params, order, order, whole,
         )  # fmt: skip
         self.place(container, key, value, self.struct(permuted, [parent]))
 
@@ -447,37 +396,9 @@ _BY_TYPE: dict[type, Callable[[Lowerer, Any, str], Any]] = {
 }
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a type (or a parameter of one) holds nothing that needs an identity."""
-    if isinstance(value, JuliaType):
-        return all(_is_plain(param) for param in value.params)
-    if type(value) is tuple:
-        return all(_is_plain(part) for part in value)
-    return type(value) in (int, bool, float, str, Symbol, type(None))
-
-
 def is_document(value: dict[str, Any]) -> bool:
     """Whether the keys can be those of a document, which Julia reads as Dict{Symbol}."""
     return _AWKWARD_KEYS.isdisjoint(value) and not any("\0" in name for name in value)
-
-
-def _part(value: Any, name: str) -> Any:
-    part = getattr(value, name)
-    if name == "layers" and type(part) is dict:  # a Chain with names
-        return NamedTuple(part)
-    return part
-
-
-def numpy_dtype(array: Any) -> np.dtype[Any]:
-    """Return an array's dtype as NumPy's; other libraries' by their name (`torch.float32`)."""
-    dtype = array.dtype
-    if isinstance(dtype, np.dtype):
-        return dtype
-    name = str(dtype).rpartition(".")[2]
-    try:
-        return np.dtype(name)
-    except TypeError:
-        return extension_dtype(name) or np.dtype(object)
 
 
 def _array_advice(dtype: np.dtype[Any]) -> str:

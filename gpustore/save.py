@@ -11,9 +11,11 @@ from gpustore.digest import hasher
 from gpustore.document import PAYLOAD_DIGEST, STRUCTURE_DIGEST, Payload, Plan, Slot
 from gpustore.errors import UnsupportedValueError
 from gpustore.julia import JuliaType
-from gpustore.lower import Lowerer, is_document, numpy_dtype
+from gpustore.lower import Lowerer, is_document
+from gpustore.typeof import numpy_dtype
+from gpustore.version import __version__
 
-WRITER = "gpustore 0.1.0"
+WRITER = f"gpustore {__version__}"
 _GATHER_NBYTES = 1024 * 1024  # smaller pieces are gathered into writes of this size
 Progress = Callable[[int, int], None]
 
@@ -79,7 +81,7 @@ def _root(value: Any, named: dict[str, Any]) -> Any:
 def _refuse_gpu_arrays(root: Any) -> None:
     found = [
         f"{path} ({device})"
-        for path, array in tree.arrays(root)
+        for path, array in tree.arrays(tree.walk_entries(root))
         if (device := devices.array_device(array)) != "cpu"
     ]
     if found:
@@ -152,7 +154,7 @@ def write_plan(
                 done, gathered = done + len(gathered), bytearray()
             if is_last:
                 break
-            payload_hasher = hasher()
+            payload_hasher = hasher(plan.payloads[index].nbytes)
             for chunk in plan.payloads[index].chunks():
                 payload_hasher.update(chunk)
                 if len(gathered) + chunk.nbytes < _GATHER_NBYTES:

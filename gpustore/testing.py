@@ -1,441 +1,255 @@
-"""A strict fake of CuPy for tests that must run on machines without a GPU.
+"""For users' own tests: Hypothesis strategies, `assert_roundtrip`, and a strict fake CUDA device.
 
-`fake_cuda` stands in for the module in `sys.modules`. Its arrays compute by NumPy on memory of
-their own and refuse, as CuPy's do, every conversion that nobody asked for; copies between host and
-device are counted. Unlike CuPy's, results stay on the operands' device, not the current one.
+The strategies need Hypothesis (`pip install 'gpustore[test]'`); the rest needs nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from functools import partial
-from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+import dataclasses
+import datetime
+import os
+import tempfile
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gpustore.devices import is_array
+from gpustore import activations, devices, layers, tree
+from gpustore.errors import MissingExtraError
+from gpustore.fake_cuda import FakeCudaArray, fake_cuda
+from gpustore.julia import NamedTuple, Symbol, extension_dtype
+from gpustore.load import load
+from gpustore.save import save
 
 if TYPE_CHECKING:
-    from typing import Self
+    from hypothesis.strategies import SearchStrategy
 
-FailMode = Literal["cupy-missing", "broken", "no-driver", "no-device"]
+__all__ = [
+    "FakeCudaArray", "arrays", "assert_roundtrip", "assert_same", "documents", "fake_cuda",
+    "models", "values",
+]  # fmt: skip
 
-_STATUS_TEXT = {
-    35: "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version",
-    100: "cudaErrorNoDevice: no CUDA-capable device is detected",
-    101: "cudaErrorInvalidDevice: invalid device ordinal",
-}
-_FAIL_STATUS = {"no-driver": 35, "no-device": 100}
-_DTYPE_CHARS = "?bhilqBHILQefdFD"  # CuPy 13: cupy/_core/_dtype.pyx
-_ATTRIBUTES = frozenset({"shape", "dtype", "ndim", "size", "itemsize", "nbytes", "strides"})
-_METHODS = frozenset({
-    "all", "any", "argmax", "argmin", "argsort", "astype", "clip", "conj", "cumprod", "cumsum",
-    "diagonal", "dot", "fill", "flatten", "max", "mean", "min", "nonzero", "prod", "ravel",
-    "repeat", "reshape", "round", "sort", "squeeze", "std", "sum", "swapaxes", "take", "trace",
-    "transpose", "var", "view",
-})  # fmt: skip
-# NumPy's functions that CuPy 13 does not have under the same name.
-_ABSENT = frozenset({
-    "apply_over_axes", "bitwise_count", "block", "cumulative_prod", "cumulative_sum",
-    "einsum_path", "geomspace", "histogram_bin_edges", "insert", "isnat", "matrix_norm",
-    "matrix_transpose", "matvec", "multi_dot", "nanpercentile", "nanquantile", "put_along_axis",
-    "spacing", "svdvals", "trapezoid", "unique_all", "unique_counts", "unique_inverse",
-    "unique_values", "unstack", "vecdot", "vecmat", "vector_norm",
-})  # fmt: skip
+_NATIVE = ["?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"]
+_EXTENSIONS = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz")
+_ACTIVATIONS = ("identity", "relu", "tanh", "σ", "softplus", "gelu", "softmax")
 
 
-class CUDARuntimeError(RuntimeError):
-    """CuPy's error of this name: `status` is CUDA's code."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(_STATUS_TEXT[status])
-        self.status = status
-
-
-class OutOfMemoryError(MemoryError):
-    """CuPy's error of this name, for tests to raise."""
-
-
-class _Machine:
-    """What all arrays of one fake share: its devices, each thread's current one, its transfers."""
-
-    def __init__(self, device_count: int, status: int | None) -> None:
-        self.device_count = device_count
-        self.status = status
-        self.transfers: list[tuple[str, int]] = []
-        self._local = threading.local()
-
-    def check(self) -> None:
-        if self.status is not None:
-            raise CUDARuntimeError(self.status)
-
-    @property
-    def current(self) -> int:
-        self.check()
-        ordinal: int = getattr(self._local, "ordinal", 0)
-        return ordinal
-
-    @current.setter
-    def current(self, ordinal: int) -> None:
-        self.check()
-        if not 0 <= ordinal < self.device_count:
-            raise CUDARuntimeError(101)
-        self._local.ordinal = ordinal
-
-
-class _FakeDevice:
-    """cupy.cuda.Device."""
-
-    def __init__(self, machine: _Machine, ordinal: int | None = None) -> None:
-        self._machine = machine
-        self._outer: list[int] = []
-        self.id = machine.current if ordinal is None else int(ordinal)
-
-    def __enter__(self) -> Self:
-        self._outer.append(self._machine.current)
-        self._machine.current = self.id
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._machine.current = self._outer.pop()
-
-    def synchronize(self) -> None:
-        self._machine.check()
-
-
-def _converted(convert: Callable[[Any], Any]) -> Callable[[FakeCudaArray], Any]:
-    return lambda array: convert(array.get())
-
-
-class FakeCudaArray(np.lib.mixins.NDArrayOperatorsMixin):
-    """cupy.ndarray over a private NumPy array; made by the functions of `fake_cuda`'s module."""
-
-    __slots__ = ("_host", "_machine", "_ordinal")
-
-    def __init__(self, host: NDArray[Any], machine: _Machine, ordinal: int) -> None:
-        self._host = host
-        self._machine = machine
-        self._ordinal = ordinal
-
-    @property
-    def flags(self) -> SimpleNamespace:
-        flags = self._host.flags
-        names = ("c_contiguous", "f_contiguous", "fnc", "forc", "owndata")
-        return SimpleNamespace(**{name: getattr(flags, name) for name in names})
-
-    @property
-    def device(self) -> _FakeDevice:
-        return _FakeDevice(self._machine, self._ordinal)
-
-    @property
-    def T(self) -> FakeCudaArray:
-        return self._like(self._host.T)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _ATTRIBUTES:
-            return getattr(self._host, name)
-        if name not in _METHODS:
-            raise AttributeError(f"the fake cupy.ndarray has no attribute {name!r}")
-        return lambda *args, **kwargs: self._wrap(
-            getattr(self._host, name)(*self._unwrap(args), **self._unwrap(kwargs))
-        )
-
-    def __array__(self, dtype: object = None, copy: object = None) -> NDArray[Any]:
-        raise TypeError(
-            "Implicit conversion to a NumPy array is not allowed. "
-            "Please use `.get()` to construct a NumPy array explicitly."
-        )
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, self._ordinal
-
-    def __dlpack__(
-        self,
-        *,
-        stream: int | None = None,
-        max_version: tuple[int, int] | None = None,
-        dl_device: tuple[int, int] | None = None,
-        copy: bool | None = None,
-    ) -> Any:
-        """Copy to the host when asked for it; else only for a consumer on CUDA: it has a stream."""
-        if dl_device == (1, 0) and copy is not False:
-            return self.get(order="A").__dlpack__(max_version=max_version)
-        if stream is None or dl_device not in (None, self.__dlpack_device__()):
-            raise BufferError("unsupported device requested.")
-        return self._host.__dlpack__(max_version=max_version)
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        if ufunc.__name__ in _ABSENT:
-            return NotImplemented
-        operands = [self._operand(x) for x in inputs]
-        result = getattr(ufunc, method)(*operands, **self._unwrap(kwargs))
-        out = kwargs.get("out")
-        if out is not None:
-            return out[0] if len(out) == 1 else out
-        return self._wrap(result)
-
-    def __array_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if func.__name__ in _ABSENT or not all(issubclass(t, FakeCudaArray) for t in types):
-            return NotImplemented
-        return self._wrap(func(*self._unwrap(args), **self._unwrap(kwargs)))
-
-    def __getitem__(self, key: Any) -> FakeCudaArray:
-        index = self._unwrap(key if isinstance(key, tuple) else (key,))
-        if not any(k is Ellipsis for k in index):
-            index = (*index, Ellipsis)  # a view, of 0 dimensions too
-        return self._like(self._host[index])
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._host[self._unwrap(key)] = self._operand(value)
-
-    def __len__(self) -> int:
-        return len(self._host)
-
-    def __iter__(self) -> Iterator[FakeCudaArray]:
-        return (self[i] for i in range(len(self)))
-
-    def __repr__(self) -> str:
-        return f"FakeCudaArray({self._host!r}, device={self._ordinal})"
-
-    __bool__ = _converted(bool)
-    __int__ = _converted(int)
-    __float__ = _converted(float)
-    __complex__ = _converted(complex)
-
-    def item(self, *index: int) -> Any:
-        return self.get().item(*index)
-
-    def tolist(self) -> Any:
-        return self.get().tolist()
-
-    def get(
-        self,
-        stream: object = None,
-        order: Literal["C", "F", "A"] = "C",
-        out: NDArray[Any] | None = None,
-        blocking: bool = True,
-    ) -> NDArray[Any]:
-        self._machine.transfers.append(("d2h", self.nbytes))
-        if out is None:
-            return np.array(self._host, order=order, copy=True)
-        if out.dtype != self.dtype or out.shape != self.shape:
-            raise TypeError(f"{out.dtype} array cannot be obtained from {self.dtype} array")
-        out[...] = self._host
-        return out
-
-    def set(self, arr: NDArray[Any], stream: object = None) -> None:
-        if not isinstance(arr, np.ndarray) or arr.dtype != self.dtype or arr.shape != self.shape:
-            raise TypeError("only a numpy.ndarray of the same dtype and shape can be set")
-        self._machine.transfers.append(("h2d", self.nbytes))
-        self._host[...] = arr
-
-    def copy(self, order: Literal["C", "F", "A", "K"] = "C") -> FakeCudaArray:
-        """Copy to the current device."""
-        host = self._host.copy(order=order)
-        ordinal = self._machine.current
-        if ordinal != self._ordinal:
-            if not host.flags.forc:
-                raise NotImplementedError("CuPy cannot copy non-contiguous array between devices.")
-            self._machine.transfers.append(("d2d", self.nbytes))
-        return FakeCudaArray(host, self._machine, ordinal)
-
-    def __copy__(self) -> FakeCudaArray:
-        return self.copy()
-
-    def __deepcopy__(self, memo: object) -> FakeCudaArray:
-        return self._like(self._host.copy())
-
-    def _like(self, host: NDArray[Any]) -> FakeCudaArray:
-        return FakeCudaArray(host, self._machine, self._ordinal)
-
-    def _wrap(self, result: Any) -> Any:
-        if isinstance(result, (np.ndarray, np.generic)):
-            return self._like(np.asarray(result))
-        if isinstance(result, list):
-            return [self._wrap(item) for item in result]
-        if isinstance(result, tuple):
-            return tuple(self._wrap(item) for item in result)
-        return result
-
-    def _unwrap(self, value: Any) -> Any:
-        """Return arguments with the private arrays in place of fake ones, at any depth."""
-        if isinstance(value, (tuple, list)):
-            return type(value)(map(self._unwrap, value))
-        if isinstance(value, dict):
-            return {key: self._unwrap(item) for key, item in value.items()}
-        return self._operand(value) if is_array(value) else value
-
-    def _operand(self, value: Any) -> Any:
-        if isinstance(value, FakeCudaArray):
-            if (value._machine, value._ordinal) != (self._machine, self._ordinal):
-                raise TypeError(f"arrays on two devices: {self._ordinal} and {value._ordinal}")
-            return value._host
-        if not isinstance(value, (bool, int, float, complex, np.bool_, np.number)):
-            raise TypeError(f"Unsupported type {type(value)}")
-        return value
-
-
-def _array(
-    machine: _Machine,
-    obj: Any,
-    dtype: Any = None,
-    copy: bool | None = True,
-    order: Literal["C", "F", "A", "K"] | None = "K",
-    *,
-    blocking: bool = False,
-) -> FakeCudaArray:
-    """cupy.array: on the current device, row-major unless the source is column-major."""
-    ordinal = machine.current
-    if isinstance(obj, FakeCudaArray):
-        here = obj if obj.device.id == ordinal and not copy else obj.copy(order or "K")
-        return here if dtype is None else here.astype(dtype, copy=False)
-    if is_array(obj) and not isinstance(obj, np.ndarray):
-        raise TypeError(f"Unsupported type {type(obj)}")
-    source = np.asarray(obj, dtype)
-    if source.dtype.char not in _DTYPE_CHARS:
-        raise ValueError(f"Unsupported dtype {source.dtype}")
-    layout = "A" if order in (None, "K") else order
-    host = np.array(source, source.dtype.newbyteorder("<"), order=layout, copy=True)
-    machine.transfers.append(("h2d", host.nbytes))
-    return FakeCudaArray(host, machine, ordinal)
-
-
-def _asarray(
-    machine: _Machine,
-    a: Any,
-    dtype: Any = None,
-    order: Literal["C", "F", "A", "K"] | None = None,
-    *,
-    copy: bool | None = None,
-    blocking: bool = False,
-) -> FakeCudaArray:
-    return _array(machine, a, dtype, copy, order)
-
-
-def _zeros(
-    machine: _Machine, shape: Any, dtype: Any = float, order: Literal["C", "F"] = "C"
-) -> FakeCudaArray:
-    if np.dtype(dtype).char not in _DTYPE_CHARS:
-        raise ValueError(f"Unsupported dtype {np.dtype(dtype)}")
-    return FakeCudaArray(np.zeros(shape, dtype, order=order), machine, machine.current)
-
-
-def _asnumpy(
-    a: Any,
-    stream: object = None,
-    order: Literal["C", "F", "A"] = "C",
-    out: NDArray[Any] | None = None,
-    *,
-    blocking: bool = True,
-) -> NDArray[Any]:
-    return a.get(stream, order, out) if isinstance(a, FakeCudaArray) else np.asarray(a, order=order)
-
-
-class _HostCapsule:
-    """What a CUDA array exports to the fake, shown to NumPy as the host memory that it is."""
-
-    def __init__(self, array: Any) -> None:
-        self._array = array
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 1, 0
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._array.__dlpack__(stream=1)
-
-
-def _from_dlpack(machine: _Machine, array: Any, *, device: None = None, copy: None = None) -> Any:
-    """cupy.from_dlpack: the same memory, which must be a CUDA array's."""
-    device_type, ordinal = array.__dlpack_device__()
-    if device_type not in (2, 13):
-        raise TypeError("CPU arrays cannot be directly imported to CuPy.")
-    machine.check()
-    return FakeCudaArray(np.from_dlpack(_HostCapsule(array)), machine, int(ordinal))
-
-
-def _device_count(machine: _Machine) -> int:
-    machine.check()
-    return machine.device_count
-
-
-def _is_available(machine: _Machine) -> bool:
-    """cupy.cuda.is_available as in CuPy 13, which raises where there is no driver."""
-    if machine.status != 100:
-        machine.check()
-    return machine.status is None
-
-
-def _fake_cupy(machine: _Machine) -> ModuleType:
-    runtime = SimpleNamespace(
-        CUDARuntimeError=CUDARuntimeError,
-        getDevice=lambda: machine.current,
-        getDeviceCount=partial(_device_count, machine),
-        driverGetVersion=lambda: 0 if machine.status == 35 else 12090,
-        runtimeGetVersion=lambda: 12090,
-    )
-    module = ModuleType("cupy")
-    vars(module).update(
-        __version__="13.6.0",
-        transfers=machine.transfers,
-        ndarray=FakeCudaArray,
-        array=partial(_array, machine),
-        asarray=partial(_asarray, machine),
-        asnumpy=_asnumpy,
-        empty=partial(_zeros, machine),
-        zeros=partial(_zeros, machine),
-        from_dlpack=partial(_from_dlpack, machine),
-        get_array_module=lambda *args: (
-            module if any(isinstance(x, FakeCudaArray) for x in args) else np
-        ),
-        cuda=SimpleNamespace(
-            Device=partial(_FakeDevice, machine),
-            is_available=partial(_is_available, machine),
-            memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
-            runtime=runtime,
-        ),
-    )
-    return module
-
-
-class _BrokenImport:
-    """A finder of modules that fails for cupy as a missing CUDA library does."""
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        if name == "cupy":
-            raise ImportError("libcublas.so.12: cannot open shared object file")
-
-
-@contextlib.contextmanager
-def fake_cuda(device_count: int = 2, *, fail: FailMode | None = None) -> Iterator[Any]:
-    """Give the block a machine with CUDA devices that are not there, or one that fails so.
-
-    The value is the module that stands for CuPy; its `transfers` lists each copy so far as
-    ("h2d" | "d2h" | "d2d", nbytes). Import nothing from the real CuPy inside.
-
-    >>> with fake_cuda() as cupy:
-    ...     weight = cupy.asarray(np.ones(2))
-    ...     (weight + 1).get(), cupy.transfers
-    (array([2., 2.]), [('h2d', 16), ('d2h', 16)])
-    """
-    fake = _fake_cupy(_Machine(device_count, _FAIL_STATUS.get(fail or "")))
-    modules: dict[str, Any] = sys.modules
-    outer = {"cupy": modules.pop("cupy")} if "cupy" in modules else {}
-    finder = _BrokenImport()
-    if fail == "broken":
-        sys.meta_path.insert(0, finder)
-    else:
-        modules["cupy"] = None if fail == "cupy-missing" else fake
+def _strategies() -> Any:
     try:
-        yield fake
-    finally:
-        if fail == "broken":
-            sys.meta_path.remove(finder)
-        modules.pop("cupy", None)
-        modules.update(outer)
+        from hypothesis import strategies
+    except ImportError as error:
+        raise MissingExtraError(
+            "gpustore.testing's strategies need Hypothesis: pip install 'gpustore[test]'"
+        ) from error
+    return strategies
+
+
+def arrays(*, max_side: int = 5, max_dims: int = 4) -> SearchStrategy[Any]:
+    """Return a strategy for host arrays of every dtype, rank, memory order and byte order.
+
+    Among them are empty, 0-dimensional, strided, negative-strided and read-only ones.
+    """
+    st = _strategies()
+
+    @st.composite  # type: ignore[untyped-decorator]
+    def build(draw: Any) -> Any:
+        shape = draw(st.lists(st.integers(0, max_side), max_size=max_dims))
+        dtype = draw(st.sampled_from([np.dtype(code) for code in _NATIVE]))
+        if draw(st.booleans()):
+            dtype = dtype.newbyteorder(">")
+        elif draw(st.integers(0, 3)) == 0:
+            dtype = extension_dtype(draw(st.sampled_from(_EXTENSIONS))) or dtype
+        nbytes = int(np.prod(shape, dtype=int)) * dtype.itemsize
+        raw = draw(st.binary(min_size=nbytes, max_size=nbytes))
+        if dtype.kind == "b":
+            raw = bytes(octet & 1 for octet in raw)
+        array = np.frombuffer(bytearray(raw), dtype).reshape(shape)
+        return _laid_out(array, draw(st.sampled_from("CFSNR")))
+
+    strategy: SearchStrategy[Any] = build()
+    return strategy
+
+
+def _laid_out(array: Any, layout: str) -> Any:
+    """Return the array row-major, column-major, strided, negative-strided or read-only."""
+    if layout == "F":
+        return np.asfortranarray(array) if array.ndim else array
+    if layout == "S" and array.ndim:
+        wide = np.zeros((*array.shape[:-1], array.shape[-1] * 2), array.dtype)
+        wide[..., ::2] = array
+        return wide[..., ::2]
+    if layout == "N" and array.ndim:
+        return np.ascontiguousarray(array[::-1])[::-1]
+    if layout == "R":
+        array.flags.writeable = False
+    return array
+
+
+def _scalars(st: Any) -> Any:
+    text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+    numpy_scalars = st.sampled_from(_NATIVE).flatmap(
+        lambda code: st.binary(min_size=16, max_size=16).map(
+            lambda raw: np.frombuffer(_valid(raw, code), code, 1)[0]
+        )
+    )
+    return st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(2**127), 2**128 - 1),
+        st.floats(),
+        st.complex_numbers(),
+        text,
+        st.binary(max_size=8),
+        text.map(Symbol),
+        st.datetimes(timezones=st.sampled_from([None, datetime.timezone.utc])),
+        st.dates(),
+        numpy_scalars,
+    )
+
+
+def _valid(raw: bytes, code: str) -> bytes:
+    return bytes(octet & 1 for octet in raw) if code == "?" else raw
+
+
+def values(*, max_leaves: int = 12) -> SearchStrategy[Any]:
+    """Return a strategy for nested values of every kind that can be saved, arrays among them."""
+    st = _strategies()
+    text = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+    keys = st.one_of(text, st.integers(-9, 9), text.map(Symbol), st.tuples(st.integers(0, 3), text))
+    nested: SearchStrategy[Any] = st.recursive(
+        st.one_of(_scalars(st), arrays(max_side=3)),
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=4),
+            st.lists(inner, max_size=4).map(tuple),
+            st.dictionaries(text, inner, max_size=4),
+            st.dictionaries(text, inner, max_size=3).map(NamedTuple),
+            st.dictionaries(keys, inner, max_size=4),
+            st.sets(st.integers(-9, 9), max_size=4),
+            st.frozensets(text, max_size=4),
+            inner.map(lambda value: [value, value]),
+        ),
+        max_leaves=max_leaves,
+    )
+    return nested
+
+
+def models(*, max_layers: int = 4) -> SearchStrategy[Any]:
+    """Return a strategy for Chains of Dense layers, nested and sharing layers, with activations."""
+    st = _strategies()
+
+    @st.composite  # type: ignore[untyped-decorator]
+    def build(draw: Any) -> Any:
+        rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        size, parts = draw(st.integers(1, 4)), []
+        for _ in range(draw(st.integers(1, max_layers))):
+            out = draw(st.integers(1, 4))
+            activation = getattr(activations, draw(st.sampled_from(_ACTIVATIONS)))
+            dense = layers.Dense(size, out, activation, bias=draw(st.booleans()), rng=rng)
+            if draw(st.booleans()):
+                dense.weight = _laid_out(np.array(dense.weight), draw(st.sampled_from("CFSN")))
+            parts.append(dense)
+            if size == out and draw(st.booleans()):
+                parts.append(dense)
+            size = out
+        inner = layers.Chain(*parts)
+        return layers.Chain(inner, activations.softmax) if draw(st.booleans()) else inner
+
+    strategy: SearchStrategy[Any] = build()
+    return strategy
+
+
+def documents(*, max_leaves: int = 20) -> SearchStrategy[Any]:
+    """Return a strategy for neutral documents, as `gpustore.document.scan` gives them."""
+    from gpustore.document import int64
+
+    st = _strategies()
+    text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6)
+    leaf = st.one_of(
+        st.none(), st.booleans(), st.integers(-(2**31), 2**31 - 1), st.floats(), text,
+        st.integers(-(2**63), 2**63 - 1).map(int64()), st.binary(max_size=200),
+    )  # fmt: skip
+    keys = text.filter(lambda key: not key.startswith(("$", "_")))
+    nested = st.recursive(
+        leaf,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=5), st.dictionaries(keys, inner, max_size=5)
+        ),
+        max_leaves=max_leaves,
+    )
+    whole: SearchStrategy[Any] = st.dictionaries(keys, nested, max_size=5)
+    return whole
+
+
+def assert_roundtrip(value: Any, *, on_gpu: str = "transfer", device: Any = None) -> Any:
+    """Save `value` to a file and load it again, assert that nothing was lost; return the loaded.
+
+    Types, dtypes, shapes, every bit of every array and what is shared must be the same; byte
+    order and strides need not. The digests of the file are checked on the way.
+
+    >>> assert_roundtrip([np.float32(1.5), {"w": np.eye(2)}])[0]
+    np.float32(1.5)
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "roundtrip.bson")
+        save(path, {"value": value}, on_gpu=on_gpu, durable=False)
+        loaded = load(path, "value", device=device, verify=True)
+    expected = value if on_gpu == "tag" and device is None else tree.cpu(value)
+    assert_same(loaded, expected)
+    return loaded
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Assert that two values are equal in type, content and sharing; arrays bit for bit."""
+    pairs: dict[int, int] = {}
+    stack = [("value", found, expected)]
+    while stack:
+        path, a, b = stack.pop()
+        if devices.is_array(b):
+            _assert_same_array(path, a, b)
+        else:
+            assert type(a) is type(b), f"{path}: expected {type(b)}, found {type(a)}"
+        if devices.is_array(b) or tree.children(b):
+            known = id(b) in pairs
+            assert isinstance(b, tuple) or pairs.setdefault(id(b), id(a)) == id(a), (
+                f"{path}: expected a shared object, found another one"
+            )
+            if known:
+                continue
+        below_a, below_b = tree.children(a), tree.children(b)
+        if below_b or isinstance(b, (dict, list, tuple)):
+            _assert_same_keys(path, a, b)
+            stack.extend(
+                (path + suffix, part_a, part_b)
+                for (_, part_a), (suffix, part_b) in zip(below_a, below_b, strict=True)
+            )
+        elif not devices.is_array(b) and not dataclasses.is_dataclass(b):
+            _assert_same_leaf(path, a, b)
+
+
+def _assert_same_keys(path: str, a: Any, b: Any) -> None:
+    if isinstance(b, dict):
+        assert list(map(repr, a)) == list(map(repr, b)), f"{path}: other keys: {a.keys()}"
+        assert list(map(type, a)) == list(map(type, b)), f"{path}: keys of other types"
+    else:
+        assert len(tree.children(a)) == len(tree.children(b)), f"{path}: another length"
+
+
+def _assert_same_leaf(path: str, a: Any, b: Any) -> None:
+    if isinstance(b, np.generic):
+        assert a.dtype == b.dtype.newbyteorder("<"), f"{path}: expected {b.dtype}, found {a.dtype}"
+        assert a.tobytes() == np.asarray(b, a.dtype).tobytes(), f"{path}: {a!r} is not {b!r}"
+    elif isinstance(b, (set, frozenset)):
+        assert sorted(map(repr, a)) == sorted(map(repr, b)), f"{path}: {a!r} is not {b!r}"
+    else:
+        assert repr(a) == repr(b), f"{path}: expected {b!r}, found {a!r}"
+
+
+def _assert_same_array(path: str, a: Any, b: Any) -> None:
+    assert devices.is_array(a), f"{path}: expected an array, found {type(a)}"
+    where = devices.array_device(a), devices.array_device(b)
+    assert where[0] == where[1], f"{path}: expected device {where[1]}, found {where[0]}"
+    a, b = devices.to_host(a), devices.to_host(b)
+    assert a.shape == b.shape, f"{path}: expected shape {b.shape}, found {a.shape}"
+    little = b.dtype.newbyteorder("<")
+    assert a.dtype == little, f"{path}: expected dtype {little}, found {a.dtype}"
+    same = np.ascontiguousarray(a).tobytes() == np.ascontiguousarray(b.astype(little)).tobytes()
+    assert same, f"{path}: the arrays differ"

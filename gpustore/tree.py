@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,10 +101,15 @@ def children(node: Any) -> list[tuple[str, Any]]:
     return []
 
 
-def walk(root: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (path, node) for `root` and all below it, in order; a shared container once."""
+def walk(root: Any, path: str | None = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path, node) for `root` and all below it, in order; a shared container once.
+
+    With None for the path of a dict, those of its children are their keys.
+    """
     seen: set[int] = set()
-    stack = [(path, root)]
+    stack = [(path or "", root)]
+    if path is None:
+        stack = [(str(key), child) for key, child in reversed(root.items())]
     while stack:
         path, node = stack.pop()
         below = children(node)
@@ -116,10 +121,17 @@ def walk(root: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         stack.extend((path + suffix, child) for suffix, child in reversed(below))
 
 
-def arrays(root: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (path, array) for each array in `root`, a shared one at its first place only."""
+def walk_entries(root: Any) -> Iterator[tuple[str, Any]]:
+    """Walk what a file holds: paths begin with the entry's name, or `value` where it has none."""
+    if type(root) is dict and all(isinstance(key, str) for key in root):
+        return walk(root, None)
+    return walk(root, "value")
+
+
+def arrays(nodes: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield (path, array) for each array of a walk, a shared one at its first place only."""
     seen: set[int] = set()
-    for where, node in walk(root, path):
+    for where, node in nodes:
         if devices.is_array(node) and id(node) not in seen:
             seen.add(id(node))
             yield where, node
@@ -169,7 +181,7 @@ def device_of(x: Any) -> str:
     'cpu'
     """
     places: dict[str, str] = {}
-    for path, array in arrays(x, "x"):
+    for path, array in arrays(walk(x, "x")):
         places.setdefault(devices.array_device(array), path)
     if len(places) > 1:
         found = ", ".join(f"{path} on {device}" for device, path in places.items())
@@ -362,7 +374,7 @@ def _pair(
     for suffix, child in below.items():
         if suffix in found:
             _pair(child, found[suffix], path + suffix, pairs, problems)
-        elif next(arrays(child), None) is not None:
+        elif next(arrays(walk(child)), None) is not None:
             problems.append(f"{path}{suffix}: expected arrays, found nothing")
 
 
@@ -376,8 +388,9 @@ def _by_suffix(dst: Any, src: Any) -> dict[str, Any]:
 def reset(model: Any) -> None:
     """Put the state of every recurrent layer back to its start (layers that have `reset`)."""
     for _, node in walk(model):
-        if dataclasses.is_dataclass(node) and callable(getattr(node, "reset", None)):
-            node.reset()  # type: ignore[union-attr]
+        start_again = getattr(node, "reset", None) if dataclasses.is_dataclass(node) else None
+        if callable(start_again):
+            start_again()
 
 
 def testmode(model: Any, mode: bool | None = True) -> Any:
@@ -387,6 +400,7 @@ def testmode(model: Any, mode: bool | None = True) -> Any:
     """
     active = None if mode is None else not mode
     for _, node in walk(model):
-        if dataclasses.is_dataclass(node) and "active" in _field_names(type(node)):
-            node.active = active  # type: ignore[attr-defined]
+        cls: type = type(node)
+        if dataclasses.is_dataclass(cls) and "active" in _field_names(cls):
+            node.active = active
     return model

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpustore import testing
+from gpustore import fake_cuda as testing
 from gpustore.devices import (
     array_device,
     cuda_status,

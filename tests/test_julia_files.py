@@ -110,7 +110,9 @@ def test_data_of_params_are_plain_arrays_in_fluxs_order(name):
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("gpu_")])
 def test_pointers_that_julia_saved_from_the_gpu_are_the_documented_failure(name):
     path = FOLDER / f"{name}.bson"
-    with pytest.raises(gs.DeviceDataLostError, match=r"model.*shape \(5, 9\)|model.*Float32, shape"):
+    with pytest.raises(
+        gs.DeviceDataLostError, match=r"model.*shape \(5, 9\)|model.*Float32, shape"
+    ):
         gs.load(path)
     rest = gs.load(path, lost="placeholder")
     lost = [node for _, node in gs.tree.walk(rest) if isinstance(node, LostArray)]

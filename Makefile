@@ -1,0 +1,42 @@
+# make demo and make test set up all they need: python3 (3.10+) with venv and pip, make, g++.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := -m pip install --quiet --disable-pip-version-check
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-10k test-matrix test-gpu bench lint clean
+
+demo: $(READY)
+	$(BIN)/python docs/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# the round trips with 10,000 examples in all
+test-10k: $(READY)
+	GPUSTORE_HYPOTHESIS_PROFILE=ci10k $(BIN)/python -m pytest tests/test_properties.py --timeout=1800
+
+test-matrix:
+	PYTHON=$(PYTHON) .ci/matrix
+
+# the whole suite with real CuPy arrays in the role of the device, by the python at hand
+test-gpu:
+	GPUSTORE_TEST_DEVICE=cuda $(PYTHON) -m pytest
+
+bench: $(READY)
+	$(BIN)/python bench/import_time.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	extra=$$($(BIN)/python .ci/cuda_extra.py); \
+	  $(BIN)/python $(PIP) --editable ".[dev$${extra:+,$$extra}]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venvs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,438 @@
+"""A strict fake of CuPy for tests that must run on machines without a GPU.
+
+`fake_cuda` stands in for the module in `sys.modules`. Its arrays compute by NumPy on memory of
+their own and refuse, as CuPy's do, every conversion that nobody asked for; copies between host and
+device are counted. Unlike CuPy's, results stay on the operands' device, not the current one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import ModuleType, SimpleNamespace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpustore.devices import is_array
+
+FailMode = Literal["cupy-missing", "broken", "no-driver", "no-device"]
+
+_STATUS_TEXT = {
+    35: "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version",
+    100: "cudaErrorNoDevice: no CUDA-capable device is detected",
+    101: "cudaErrorInvalidDevice: invalid device ordinal",
+}
+_FAIL_STATUS = {"no-driver": 35, "no-device": 100}
+_DTYPE_CHARS = "?bhilqBHILQefdFD"  # CuPy 13: cupy/_core/_dtype.pyx
+_ATTRIBUTES = frozenset({"shape", "dtype", "ndim", "size", "itemsize", "nbytes", "strides"})
+_METHODS = frozenset({
+    "all", "any", "argmax", "argmin", "argsort", "astype", "clip", "conj", "cumprod", "cumsum",
+    "diagonal", "dot", "fill", "flatten", "max", "mean", "min", "nonzero", "prod", "ravel",
+    "repeat", "reshape", "round", "sort", "squeeze", "std", "sum", "swapaxes", "take", "trace",
+    "transpose", "var", "view",
+})  # fmt: skip
+# NumPy's functions that CuPy 13 does not have under the same name.
+_ABSENT = frozenset({
+    "apply_over_axes", "bitwise_count", "block", "cumulative_prod", "cumulative_sum",
+    "einsum_path", "geomspace", "histogram_bin_edges", "insert", "isnat", "matrix_norm",
+    "matrix_transpose", "matvec", "multi_dot", "nanpercentile", "nanquantile", "put_along_axis",
+    "spacing", "svdvals", "trapezoid", "unique_all", "unique_counts", "unique_inverse",
+    "unique_values", "unstack", "vecdot", "vecmat", "vector_norm",
+})  # fmt: skip
+
+
+class CUDARuntimeError(RuntimeError):
+    """CuPy's error of this name: `status` is CUDA's code."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(_STATUS_TEXT[status])
+        self.status = status
+
+
+class OutOfMemoryError(MemoryError):
+    """CuPy's error of this name, for tests to raise."""
+
+
+class _Machine:
+    """What all arrays of one fake share: its devices, each thread's current one, its transfers."""
+
+    def __init__(self, device_count: int, status: int | None) -> None:
+        self.device_count = device_count
+        self.status = status
+        self.transfers: list[tuple[str, int]] = []
+        self._local = threading.local()
+
+    def check(self) -> None:
+        if self.status is not None:
+            raise CUDARuntimeError(self.status)
+
+    @property
+    def current(self) -> int:
+        self.check()
+        ordinal: int = getattr(self._local, "ordinal", 0)
+        return ordinal
+
+    @current.setter
+    def current(self, ordinal: int) -> None:
+        self.check()
+        if not 0 <= ordinal < self.device_count:
+            raise CUDARuntimeError(101)
+        self._local.ordinal = ordinal
+
+
+class _FakeDevice:
+    """cupy.cuda.Device."""
+
+    def __init__(self, machine: _Machine, ordinal: int | None = None) -> None:
+        self._machine = machine
+        self._outer: list[int] = []
+        self.id = machine.current if ordinal is None else int(ordinal)
+
+    def __enter__(self) -> _FakeDevice:
+        self._outer.append(self._machine.current)
+        self._machine.current = self.id
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._machine.current = self._outer.pop()
+
+    def synchronize(self) -> None:
+        self._machine.check()
+
+
+def _converted(convert: Callable[[Any], Any]) -> Callable[[FakeCudaArray], Any]:
+    return lambda array: convert(array.get())
+
+
+class FakeCudaArray(np.lib.mixins.NDArrayOperatorsMixin):
+    """cupy.ndarray over a private NumPy array; made by the functions of `fake_cuda`'s module."""
+
+    __slots__ = ("_host", "_machine", "_ordinal")
+
+    def __init__(self, host: NDArray[Any], machine: _Machine, ordinal: int) -> None:
+        self._host = host
+        self._machine = machine
+        self._ordinal = ordinal
+
+    @property
+    def flags(self) -> SimpleNamespace:
+        flags = self._host.flags
+        names = ("c_contiguous", "f_contiguous", "fnc", "forc", "owndata")
+        return SimpleNamespace(**{name: getattr(flags, name) for name in names})
+
+    @property
+    def device(self) -> _FakeDevice:
+        return _FakeDevice(self._machine, self._ordinal)
+
+    @property
+    def T(self) -> FakeCudaArray:
+        return self._like(self._host.T)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _ATTRIBUTES:
+            return getattr(self._host, name)
+        if name not in _METHODS:
+            raise AttributeError(f"the fake cupy.ndarray has no attribute {name!r}")
+        return lambda *args, **kwargs: self._wrap(
+            getattr(self._host, name)(*self._unwrap(args), **self._unwrap(kwargs))
+        )
+
+    def __array__(self, dtype: object = None, copy: object = None) -> NDArray[Any]:
+        raise TypeError(
+            "Implicit conversion to a NumPy array is not allowed. "
+            "Please use `.get()` to construct a NumPy array explicitly."
+        )
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self._ordinal
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """Copy to the host when asked for it; else only for a consumer on CUDA: it has a stream."""
+        if dl_device == (1, 0) and copy is not False:
+            return self.get(order="A").__dlpack__(max_version=max_version)
+        if stream is None or dl_device not in (None, self.__dlpack_device__()):
+            raise BufferError("unsupported device requested.")
+        return self._host.__dlpack__(max_version=max_version)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        if ufunc.__name__ in _ABSENT:
+            return NotImplemented
+        operands = [self._operand(x) for x in inputs]
+        result = getattr(ufunc, method)(*operands, **self._unwrap(kwargs))
+        out = kwargs.get("out")
+        if out is not None:
+            return out[0] if len(out) == 1 else out
+        return self._wrap(result)
+
+    def __array_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if func.__name__ in _ABSENT or not all(issubclass(t, FakeCudaArray) for t in types):
+            return NotImplemented
+        return self._wrap(func(*self._unwrap(args), **self._unwrap(kwargs)))
+
+    def __getitem__(self, key: Any) -> FakeCudaArray:
+        index = self._unwrap(key if isinstance(key, tuple) else (key,))
+        if not any(k is Ellipsis for k in index):
+            index = (*index, Ellipsis)  # a view, of 0 dimensions too
+        return self._like(self._host[index])
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._host[self._unwrap(key)] = self._operand(value)
+
+    def __len__(self) -> int:
+        return len(self._host)
+
+    def __iter__(self) -> Iterator[FakeCudaArray]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"FakeCudaArray({self._host!r}, device={self._ordinal})"
+
+    __bool__ = _converted(bool)
+    __int__ = _converted(int)
+    __float__ = _converted(float)
+    __complex__ = _converted(complex)
+
+    def item(self, *index: int) -> Any:
+        return self.get().item(*index)
+
+    def tolist(self) -> Any:
+        return self.get().tolist()
+
+    def get(
+        self,
+        stream: object = None,
+        order: Literal["C", "F", "A"] = "C",
+        out: NDArray[Any] | None = None,
+        blocking: bool = True,
+    ) -> NDArray[Any]:
+        self._machine.transfers.append(("d2h", self.nbytes))
+        if out is None:
+            return np.array(self._host, order=order, copy=True)
+        if out.dtype != self.dtype or out.shape != self.shape:
+            raise TypeError(f"{out.dtype} array cannot be obtained from {self.dtype} array")
+        out[...] = self._host
+        return out
+
+    def set(self, arr: NDArray[Any], stream: object = None) -> None:
+        if not isinstance(arr, np.ndarray) or arr.dtype != self.dtype or arr.shape != self.shape:
+            raise TypeError("only a numpy.ndarray of the same dtype and shape can be set")
+        self._machine.transfers.append(("h2d", self.nbytes))
+        self._host[...] = arr
+
+    def copy(self, order: Literal["C", "F", "A", "K"] = "C") -> FakeCudaArray:
+        """Copy to the current device."""
+        host = self._host.copy(order=order)
+        ordinal = self._machine.current
+        if ordinal != self._ordinal:
+            if not host.flags.forc:
+                raise NotImplementedError("CuPy cannot copy non-contiguous array between devices.")
+            self._machine.transfers.append(("d2d", self.nbytes))
+        return FakeCudaArray(host, self._machine, ordinal)
+
+    def __copy__(self) -> FakeCudaArray:
+        return self.copy()
+
+    def __deepcopy__(self, memo: object) -> FakeCudaArray:
+        return self._like(self._host.copy())
+
+    def _like(self, host: NDArray[Any]) -> FakeCudaArray:
+        return FakeCudaArray(host, self._machine, self._ordinal)
+
+    def _wrap(self, result: Any) -> Any:
+        if isinstance(result, (np.ndarray, np.generic)):
+            return self._like(np.asarray(result))
+        if isinstance(result, list):
+            return [self._wrap(item) for item in result]
+        if isinstance(result, tuple):
+            return tuple(self._wrap(item) for item in result)
+        return result
+
+    def _unwrap(self, value: Any) -> Any:
+        """Return arguments with the private arrays in place of fake ones, at any depth."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(self._unwrap, value))
+        if isinstance(value, dict):
+            return {key: self._unwrap(item) for key, item in value.items()}
+        return self._operand(value) if is_array(value) else value
+
+    def _operand(self, value: Any) -> Any:
+        if isinstance(value, FakeCudaArray):
+            if (value._machine, value._ordinal) != (self._machine, self._ordinal):
+                raise TypeError(f"arrays on two devices: {self._ordinal} and {value._ordinal}")
+            return value._host
+        if not isinstance(value, (bool, int, float, complex, np.bool_, np.number)):
+            raise TypeError(f"Unsupported type {type(value)}")
+        return value
+
+
+def _array(
+    machine: _Machine,
+    obj: Any,
+    dtype: Any = None,
+    copy: bool | None = True,
+    order: Literal["C", "F", "A", "K"] | None = "K",
+    *,
+    blocking: bool = False,
+) -> FakeCudaArray:
+    """cupy.array: on the current device, row-major unless the source is column-major."""
+    ordinal = machine.current
+    if isinstance(obj, FakeCudaArray):
+        here = obj if obj.device.id == ordinal and not copy else obj.copy(order or "K")
+        return here if dtype is None else here.astype(dtype, copy=False)
+    if is_array(obj) and not isinstance(obj, np.ndarray):
+        raise TypeError(f"Unsupported type {type(obj)}")
+    source = np.asarray(obj, dtype)
+    if source.dtype.char not in _DTYPE_CHARS:
+        raise ValueError(f"Unsupported dtype {source.dtype}")
+    layout = "A" if order in (None, "K") else order
+    host = np.array(source, source.dtype.newbyteorder("<"), order=layout, copy=True)
+    machine.transfers.append(("h2d", host.nbytes))
+    return FakeCudaArray(host, machine, ordinal)
+
+
+def _asarray(
+    machine: _Machine,
+    a: Any,
+    dtype: Any = None,
+    order: Literal["C", "F", "A", "K"] | None = None,
+    *,
+    copy: bool | None = None,
+    blocking: bool = False,
+) -> FakeCudaArray:
+    return _array(machine, a, dtype, copy, order)
+
+
+def _zeros(
+    machine: _Machine, shape: Any, dtype: Any = float, order: Literal["C", "F"] = "C"
+) -> FakeCudaArray:
+    if np.dtype(dtype).char not in _DTYPE_CHARS:
+        raise ValueError(f"Unsupported dtype {np.dtype(dtype)}")
+    return FakeCudaArray(np.zeros(shape, dtype, order=order), machine, machine.current)
+
+
+def _asnumpy(
+    a: Any,
+    stream: object = None,
+    order: Literal["C", "F", "A"] = "C",
+    out: NDArray[Any] | None = None,
+    *,
+    blocking: bool = True,
+) -> NDArray[Any]:
+    return a.get(stream, order, out) if isinstance(a, FakeCudaArray) else np.asarray(a, order=order)
+
+
+class _HostCapsule:
+    """What a CUDA array exports to the fake, shown to NumPy as the host memory that it is."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__(stream=1)
+
+
+def _from_dlpack(machine: _Machine, array: Any, *, device: None = None, copy: None = None) -> Any:
+    """cupy.from_dlpack: the same memory, which must be a CUDA array's."""
+    device_type, ordinal = array.__dlpack_device__()
+    if device_type not in (2, 13):
+        raise TypeError("CPU arrays cannot be directly imported to CuPy.")
+    machine.check()
+    return FakeCudaArray(np.from_dlpack(_HostCapsule(array)), machine, int(ordinal))
+
+
+def _device_count(machine: _Machine) -> int:
+    machine.check()
+    return machine.device_count
+
+
+def _is_available(machine: _Machine) -> bool:
+    """cupy.cuda.is_available as in CuPy 13, which raises where there is no driver."""
+    if machine.status != 100:
+        machine.check()
+    return machine.status is None
+
+
+def _fake_cupy(machine: _Machine) -> ModuleType:
+    runtime = SimpleNamespace(
+        CUDARuntimeError=CUDARuntimeError,
+        getDevice=lambda: machine.current,
+        getDeviceCount=partial(_device_count, machine),
+        driverGetVersion=lambda: 0 if machine.status == 35 else 12090,
+        runtimeGetVersion=lambda: 12090,
+    )
+    module = ModuleType("cupy")
+    vars(module).update(
+        __version__="13.6.0",
+        transfers=machine.transfers,
+        ndarray=FakeCudaArray,
+        array=partial(_array, machine),
+        asarray=partial(_asarray, machine),
+        asnumpy=_asnumpy,
+        empty=partial(_zeros, machine),
+        zeros=partial(_zeros, machine),
+        from_dlpack=partial(_from_dlpack, machine),
+        get_array_module=lambda *args: (
+            module if any(isinstance(x, FakeCudaArray) for x in args) else np
+        ),
+        cuda=SimpleNamespace(
+            Device=partial(_FakeDevice, machine),
+            is_available=partial(_is_available, machine),
+            memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+            runtime=runtime,
+        ),
+    )
+    return module
+
+
+class _BrokenImport:
+    """A finder of modules that fails for cupy as a missing CUDA library does."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "cupy":
+            raise ImportError("libcublas.so.12: cannot open shared object file")
+
+
+@contextlib.contextmanager
+def fake_cuda(device_count: int = 2, *, fail: FailMode | None = None) -> Iterator[Any]:
+    """Give the block a machine with CUDA devices that are not there, or one that fails so.
+
+    The value is the module that stands for CuPy; its `transfers` lists each copy so far as
+    ("h2d" | "d2h" | "d2d", nbytes). Import nothing from the real CuPy inside.
+
+    >>> with fake_cuda() as cupy:
+    ...     weight = cupy.asarray(np.ones(2))
+    ...     (weight + 1).get(), cupy.transfers
+    (array([2., 2.]), [('h2d', 16), ('d2h', 16)])
+    """
+    fake = _fake_cupy(_Machine(device_count, _FAIL_STATUS.get(fail or "")))
+    modules: dict[str, Any] = sys.modules
+    outer = {"cupy": modules.pop("cupy")} if "cupy" in modules else {}
+    finder = _BrokenImport()
+    if fail == "broken":
+        sys.meta_path.insert(0, finder)
+    else:
+        modules["cupy"] = None if fail == "cupy-missing" else fake
+    try:
+        yield fake
+    finally:
+        if fail == "broken":
+            sys.meta_path.remove(finder)
+        modules.pop("cupy", None)
+        modules.update(outer)

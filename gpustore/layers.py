@@ -1,0 +1,185 @@
+"""Flux's layers as plain dataclasses of arrays, with forward passes on NumPy and CuPy alike.
+
+Conventions are Julia's: features come first, `weight` is (out, in), a batch is the last axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpustore.activations import identity
+from gpustore.errors import MismatchError, UnsupportedValueError
+
+
+def fans(*shape: int) -> tuple[int, int]:
+    """Return (fan-in, fan-out) of a weight: (out, in) of Dense, (width..., in, out) of Conv."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    if len(shape) == 2:
+        return shape[1], shape[0]
+    window = math.prod(shape[:-2])
+    return window * shape[-2], window * shape[-1]
+
+
+def glorot_uniform(*shape: int, rng: np.random.Generator | None = None, gain: float = 1) -> Any:
+    """Return float32 drawn uniformly within ±gain * sqrt(6 / (fan-in + fan-out)) (Glorot 2010).
+
+    >>> glorot_uniform(5, 10, rng=np.random.default_rng(0)).shape
+    (5, 10)
+    """
+    rng = np.random.default_rng() if rng is None else rng
+    scale = np.float32(gain) * np.sqrt(np.float32(24) / np.float32(sum(fans(*shape))))
+    return (rng.random(shape, dtype=np.float32) - np.float32(0.5)) * scale
+
+
+def glorot_normal(*shape: int, rng: np.random.Generator | None = None, gain: float = 1) -> Any:
+    """Return float32 drawn normally with deviation gain * sqrt(2 / (fan-in + fan-out))."""
+    rng = np.random.default_rng() if rng is None else rng
+    scale = np.float32(gain) * np.sqrt(np.float32(2) / np.float32(sum(fans(*shape))))
+    return rng.standard_normal(shape, dtype=np.float32) * scale
+
+
+def plain(x: Any) -> Any:
+    """Return a parameter's array: that of a TrackedArray, or itself."""
+    return x.data if getattr(x, "is_tracked_array", False) else x
+
+
+def show(layer: Any) -> str:
+    """Return how a layer, or any callable in its place, is printed: functions by name."""
+    is_function = callable(layer) and not hasattr(type(layer), "__dataclass_fields__")
+    return str(getattr(layer, "__name__", None) or repr(layer)) if is_function else repr(layer)
+
+
+@dataclass(init=False, repr=False, eq=False)
+class Dense:
+    """A fully connected layer: σ(weight @ x + bias).
+
+    `Dense(in, out, σ)` makes the weight (out, in) by `init` and a bias (out,) of zeros;
+    `Dense(weight, bias, σ)` takes arrays as they are. A bias of False is none, as in Flux.
+
+    >>> Dense(10, 5)
+    Dense(10, 5)
+    """
+
+    weight: Any
+    bias: Any
+    σ: Any
+
+    def __init__(
+        self,
+        n_in: Any,
+        n_out: Any = True,
+        σ: Callable[[Any], Any] = identity,
+        *,
+        bias: Any = True,
+        init: Callable[..., Any] = glorot_uniform,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        if hasattr(n_in, "shape"):
+            self.weight, bias = n_in, (n_out if bias is True else bias)
+        else:
+            shape = _size(n_out, "n_out"), _size(n_in, "n_in")
+            self.weight = init(*shape) if rng is None else init(*shape, rng=rng)
+        if len(self.weight.shape) != 2:
+            raise MismatchError(
+                f"Dense: weight: expected shape (out, in), found {tuple(self.weight.shape)}"
+            )
+        n_rows = self.weight.shape[0]
+        if bias is True:
+            bias = np.zeros(n_rows, plain(self.weight).dtype)
+        elif bias is not False and tuple(getattr(bias, "shape", ("none",))) != (n_rows,):
+            raise MismatchError(
+                f"Dense: bias: expected True, False or an array of shape ({n_rows},), found "
+                f"{getattr(bias, 'shape', bias)!r}"
+            )
+        if not callable(σ):
+            raise UnsupportedValueError(f"Dense: σ: expected a function, found {σ!r}")
+        self.bias, self.σ = bias, σ
+
+    def __call__(self, x: Any) -> Any:
+        """Return the layer's output: x (in,) or (in, batch...), result (out,) or (out, batch...).
+
+        `x` is brought to the weight's float type, as Flux does; it must be on the same device.
+        """
+        weight, bias = plain(self.weight), plain(self.bias)
+        if x.shape[:1] != weight.shape[1:]:
+            raise MismatchError(
+                f"{self!r}: expected input of shape ({weight.shape[1]}, batch), found {x.shape}"
+            )
+        if x.dtype != weight.dtype and weight.dtype.kind == "f":
+            x = x.astype(weight.dtype)
+        columns = x if x.ndim <= 2 else x.reshape((x.shape[0], -1), order="F")
+        product = weight @ columns
+        if bias is not False:
+            product = product + (bias if product.ndim == 1 else bias.reshape(-1, 1))
+        output = self.σ(product)
+        return output if x.ndim <= 2 else output.reshape((-1, *x.shape[1:]), order="F")
+
+    def __repr__(self) -> str:
+        n_out, n_in = getattr(self.weight, "shape", ("?", "?"))
+        function = "" if self.σ is identity else f", {show(self.σ)}"
+        bias = "; bias=False" if self.bias is False else ""
+        return f"Dense({n_in}, {n_out}{function}{bias})"
+
+
+def _size(n: Any, name: str) -> int:
+    try:
+        size = n.__index__()
+    except AttributeError:
+        size = -1
+    if size < 0 or isinstance(n, bool):
+        raise UnsupportedValueError(f"Dense: {name}: expected a size or an array, found {n!r}")
+    return int(size)
+
+
+@dataclass(init=False, repr=False, eq=False)
+class Chain:
+    """Layers applied one after the other; any callable is a layer.
+
+    `layers` is a tuple, a list (as old files hold) or a dict (`Chain(first=..., second=...)`).
+
+    >>> Chain(Dense(10, 5), Dense(5, 2))[0]
+    Dense(10, 5)
+    """
+
+    layers: Any
+
+    def __init__(self, *layers: Any, **named: Any) -> None:
+        if layers and named:
+            raise UnsupportedValueError("Chain: expected all layers named, or none")
+        self.layers = named or layers
+        for layer in self:
+            if not callable(layer):
+                raise UnsupportedValueError(f"Chain: expected callable layers, found {layer!r}")
+
+    def __call__(self, x: Any) -> Any:
+        """Return the output of the last layer."""
+        for layer in self:
+            x = layer(x)
+        return x
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.layers.values() if isinstance(self.layers, dict) else self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: int | slice | str) -> Any:
+        """Return a layer by position or name; a slice gives a Chain."""
+        if isinstance(index, str):
+            return self.layers[index]
+        if not isinstance(index, slice):
+            return list(self)[index]
+        if isinstance(self.layers, dict):
+            return Chain(**dict(list(self.layers.items())[index]))
+        return Chain(*self.layers[index])
+
+    def __repr__(self) -> str:
+        if isinstance(self.layers, dict):
+            return f"Chain({', '.join(f'{name}={show(x)}' for name, x in self.layers.items())})"
+        return f"Chain({', '.join(map(show, self.layers))})"

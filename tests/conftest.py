@@ -1,0 +1,45 @@
+"""Hypothesis profiles, the device of the run, and the count of skips by reason."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from gpustore.testing import fake_cuda
+
+_COMMON: dict[str, Any] = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+settings.register_profile("quick", max_examples=25, **_COMMON)
+settings.register_profile("default", max_examples=150, **_COMMON)
+settings.register_profile("ci10k", max_examples=1700, **_COMMON)
+settings.load_profile(os.environ.get("GPUSTORE_HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def cuda() -> Iterator[Any]:
+    """Yield the module in the role of CuPy: the strict fake, or the real one under test-gpu."""
+    if os.environ.get("GPUSTORE_TEST_DEVICE") == "cuda":
+        import cupy
+
+        yield cupy
+    else:
+        with fake_cuda(2) as cupy:
+            yield cupy
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print how many tests were skipped, by reason."""
+    reasons = Counter(
+        report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        for report in terminalreporter.stats.get("skipped", [])
+    )
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"{count} skipped: {reason}")

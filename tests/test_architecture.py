@@ -1,0 +1,96 @@
+"""The shape of the house: who imports whom, and what must not be there."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gpustore
+
+PACKAGE = Path(gpustore.__file__).parent
+ORDER = [
+    "version",
+    "errors",
+    "devices",
+    "digest",
+    "document",
+    "storage",
+    "tree",
+    "activations",
+    "layers",
+    "julia",
+    "flux",
+    "lift",
+    "typeof",
+    "lower",
+    "transfer",
+    "save",
+    "verify",
+    "load",
+    "fake_cuda",
+    "testing",
+    "cli",
+]
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+FORBIDDEN = {"utils", "helpers", "common", "base", "core"}
+
+
+def parsed(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "gpustore":
+            names |= {f"gpustore.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+def test_every_module_is_in_the_order_and_none_has_a_forbidden_name():
+    assert set(MODULES) == set(ORDER)
+    assert not FORBIDDEN & set(MODULES)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_from_those_above_it(module):
+    above = ORDER[: ORDER.index(module)]
+    ours = {name.split(".")[1] for name in imported(parsed(module)) if name.startswith("gpustore.")}
+    assert ours <= set(above)
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"devices", "fake_cuda"}))
+def test_only_devices_names_cupy(module):
+    for node in ast.walk(parsed(module)):
+        name = getattr(node, "id", None) or getattr(node, "attr", None) or ""
+        assert "cupy" not in str(name).lower()
+    assert not any(name.startswith("cupy") for name in imported(parsed(module)))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_that_runs_code_from_a_file_is_there(module):
+    tree = parsed(module)
+    assert not {"pickle", "marshal", "shelve", "runpy"} & imported(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in {"eval", "exec", "compile", "__import__"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_can_be_read_in_one_sitting(module):
+    assert len((PACKAGE / f"{module}.py").read_text(encoding="utf-8").splitlines()) <= 445
+
+
+def test_importing_gpustore_imports_nothing_optional():
+    code = "import sys, gpustore; print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in shown.stdout.split()}
+    assert not loaded & {"cupy", "torch", "jax", "click", "rich", "hypothesis", "pytest", "bson"}
