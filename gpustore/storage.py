@@ -7,7 +7,6 @@ import errno
 import mmap
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator
 from typing import Any
@@ -172,7 +171,7 @@ def _temporary_name(name: str) -> str:
     """Return a hidden name in at most 255 bytes, the limit of file systems."""
     room = _MAX_NAME_NBYTES - len(_SUFFIX) - 18
     short = os.fsencode(name)[:room].decode("utf-8", "ignore")
-    return f".{short}.{secrets.token_hex(8)}{_SUFFIX}"
+    return f".{short}.{os.urandom(8).hex()}{_SUFFIX}"
 
 
 def _create(temporary: str, folder: str) -> int:
