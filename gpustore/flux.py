@@ -30,11 +30,23 @@ class StructKind:
     fields: tuple[str, ...]
     params: tuple[str, ...] = ()
     is_layer: bool = False
+    kinds: tuple[tuple[str, tuple[type, ...]], ...] = ()  # fields that must be of these types
+
+    def accepts(self, field: str, value: Any) -> bool:
+        """Whether a file may hold `value` in this field."""
+        return all(isinstance(value, types) for name, types in self.kinds if name == field)
 
 
 _TRACKED = ("tracker", "data", "grad")
 TABLE = (
-    StructKind(layers.Chain, "Flux.Chain", ("layers",), ("layers",), is_layer=True),
+    StructKind(
+        layers.Chain,
+        "Flux.Chain",
+        ("layers",),
+        ("layers",),
+        True,
+        (("layers", (tuple, list, dict)),),
+    ),
     StructKind(
         layers.Dense, "Flux.Dense", ("weight", "bias", "σ"), ("σ", "weight", "bias"), is_layer=True
     ),

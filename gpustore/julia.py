@@ -230,13 +230,11 @@ _FOREIGN = {  # read under these names, of the packages that define them
     "DLFP8Types.Float8_E4M3FNUZ": "float8_e4m3fnuz",
     "DLFP8Types.Float8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
-_DTYPES = {JuliaType.named(name): np.dtype(code) for name, code in _NATIVE.items()}
-_DTYPES |= {
-    JuliaType.named("Base.Complex", JuliaType.named(name)): np.dtype(code)
+_ELEMENT_TYPES = {np.dtype(code): JuliaType.named(name) for name, code in _NATIVE.items()}
+_ELEMENT_TYPES |= {
+    np.dtype(code): JuliaType.named("Base.Complex", JuliaType.named(name))
     for name, code in _COMPLEX.items()
 }
-_ELEMENT_TYPES = {dtype: julia_type for julia_type, dtype in _DTYPES.items()}
-_DTYPES_BY_SPELLING = {repr(julia_type): dtype for julia_type, dtype in _DTYPES.items()}
 _CARRIERS = {1: "Core.UInt8", 2: "Core.UInt16", 8: "Core.Int64"}  # by bytes of an element
 
 
@@ -256,14 +254,23 @@ def extension_dtype(name: str) -> np.dtype[Any] | None:
 
 
 def dtype_of(element_type: Any) -> np.dtype[Any] | None:
-    """Return the NumPy dtype whose memory is that of this Julia element type, or None."""
+    """Return the NumPy dtype whose memory is that of this Julia element type, or None.
+
+    >>> dtype_of(JuliaType.named("Core.Float32"))
+    dtype('float32')
+    """
     if not isinstance(element_type, JuliaType):
         return None
-    spelling = repr(element_type)
-    dtype = _DTYPES_BY_SPELLING.get(spelling)
-    if dtype is None and spelling in _FOREIGN:
-        return extension_dtype(_FOREIGN[spelling])
-    return dtype
+    name, params = element_type.name, element_type.params
+    if not params:
+        code = _NATIVE.get(name)
+        if code is not None:
+            return np.dtype(code)
+        return extension_dtype(_FOREIGN[name]) if name in _FOREIGN else None
+    if name == "Base.Complex" and len(params) == 1 and isinstance(params[0], JuliaType):
+        code = None if params[0].params else _COMPLEX.get(params[0].name)
+        return None if code is None else np.dtype(code)
+    return None
 
 
 def element_type_of(dtype: np.dtype[Any]) -> tuple[JuliaType, str | None] | None:

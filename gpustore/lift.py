@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ from gpustore.julia import (
 MAX_RANK = 32
 RESERVED = ("_backrefs", "_gpustore")
 _GPU_ARRAYS = ("CuArray", "ROCArray", "MtlArray", "oneArray")
+_DEVICE_TAG = re.compile(r"cpu|cuda:(0|[1-9][0-9]{0,2})")
 _UNIX_EPOCH_DAYS = 719163  # 1970-01-01 in days from 0000-12-31, where Julia's dates begin
 _DICTS = ("Base.Dict", "Base.IdDict", "Core.Dict")
 _OPAQUETAGS = ("unionall", "ref", "svec", "jl_anonymous", "jl_bottom_type")
@@ -78,6 +80,8 @@ class Lifter:
         if isinstance(node, (bytes, Slot)):
             spec = ArraySpec(np.dtype("u1"), (_nbytes(node),), "F", "cpu", node, None)
             return self.make_array(spec, path)
+        if kind.__name__ == "DBRef":  # how the codec gives a document that has the key `$ref`
+            return self.mapping(dict(node.as_doc()), path)
         raise FormatError(
             f"{self.name}: {path}: found a value of type {kind.__name__}, which BSON.jl never "
             "writes; this is a MongoDB document: read it with PyMongo or bsondump"
@@ -195,8 +199,8 @@ class Lifter:
                 path, f"expected {expected} bytes for {dtype} {shape}, found {found}"
             )
         device, digest = node.get("device", "cpu"), node.get("blake3")
-        if not isinstance(device, str):
-            raise self.malformed(path, f"the device tag is {device!r}")
+        if not isinstance(device, str) or not _DEVICE_TAG.fullmatch(device):
+            raise self.malformed(path, f"expected a device tag `cuda:<n>`, found {device!r}")
         if digest is not None:
             if not isinstance(digest, (bytes, Slot)) or _nbytes(digest) != DIGEST_NBYTES:
                 raise self.malformed(path, f"the digest is not of {DIGEST_NBYTES} bytes")
@@ -273,7 +277,10 @@ class Lifter:
         made: Any = object.__new__(kind.cls)
         self.memo[id(node)] = made
         for name, child in zip(kind.fields, content, strict=True):
-            object.__setattr__(made, name, self.value(child, f"{path}.{name}"))
+            part = self.value(child, f"{path}.{name}")
+            if not kind.accepts(name, part):
+                raise self.malformed(f"{path}.{name}", f"a {type(part).__name__} is out of place")
+            object.__setattr__(made, name, part)
         if "julia_type" in getattr(kind.cls, "__slots__", ()):
             made.julia_type = julia_type
         return made

@@ -8,86 +8,100 @@ import mmap
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator
-from typing import Any
+from io import BufferedReader
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from gpustore.errors import FormatError, UnsupportedValueError
 
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0) if (
-    hasattr(os, "uname")
-) else 0  # fmt: skip
-_SUFFIX = ".gpustore-tmp"
-_MAX_NAME_NBYTES = 255
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+# of <sys/mman.h>; Python has the name from 3.13 on
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 class MappedFile:
     """A regular file mapped for reading; views of `buffer` are writable and private.
 
     A write to a view copies the page (copy on write) and never reaches the file or another
-    mapping. Views keep the mapping alive after `close()` and after this object is gone.
+    mapping. Views keep the mapping alive after `close()` and after this object is gone. A file
+    that is replaced meanwhile (as `replacing` does) stays as it was mapped; one that another
+    program cuts short ends the process with SIGBUS where its lost pages are read: `mmap=False`
+    is for such files.
     """
 
-    __slots__ = ("buffer", "nbytes", "path")
+    __slots__ = ("_buffer", "nbytes", "path")
 
-    def __init__(self, path: str, buffer: Any) -> None:
-        self.path, self.buffer, self.nbytes = path, buffer, len(buffer)
+    def __init__(self, path: str, buffer: mmap.mmap | bytearray) -> None:
+        self.path, self.nbytes = path, len(buffer)
+        self._buffer: mmap.mmap | bytearray | None = buffer
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, mmap: bool = True) -> MappedFile:
-        """Map the file, or read it whole into private memory (`mmap=False`, or no mapping here).
+    def open(cls, path: str | bytes | os.PathLike[str], *, mmap: bool = True) -> MappedFile:
+        """Map the file; with `mmap=False`, or where it cannot be mapped, read it into memory.
 
         Raises FileNotFoundError, IsADirectoryError, PermissionError, or FormatError for what is
         no regular file.
         """
-        name = os.fspath(os.fsdecode(path))
+        name = os.fsdecode(path)
         try:
-            descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+            mode = os.stat(name).st_mode
         except FileNotFoundError as error:
-            raise FileNotFoundError(
-                errno.ENOENT, "there is no such file; check the path", name
-            ) from error
-        except IsADirectoryError as error:
-            raise _is_a_folder(name) from error
-        try:
-            status = os.fstat(descriptor)
-            if stat.S_ISDIR(status.st_mode):
-                raise _is_a_folder(name)
-            if not stat.S_ISREG(status.st_mode):
-                raise FormatError(
-                    f"{name}: expected a regular file, found a device, pipe or socket"
-                )
-            return cls(name, _mapped(descriptor, status.st_size, mmap))
-        finally:
-            os.close(descriptor)
+            sentence = "there is no such file; check the path"
+            raise FileNotFoundError(errno.ENOENT, sentence, name) from error
+        if stat.S_ISDIR(mode):
+            raise _is_a_folder(name)
+        if not stat.S_ISREG(mode):
+            raise FormatError(f"{name}: expected a regular file, found a device, pipe or socket")
+        with open(name, "rb") as stream:
+            return cls(name, _mapped(stream) if mmap else _read(stream))
+
+    @property
+    def buffer(self) -> mmap.mmap | bytearray:
+        """The bytes of the file; `numpy.frombuffer` makes views of them."""
+        if self._buffer is None:
+            raise ValueError(f"{self.path}: the file is closed; open it again")
+        return self._buffer
 
     def close(self) -> None:
         """Let go of the mapping; it ends when the last view of it does."""
-        self.buffer, self.nbytes = b"", 0
+        self._buffer = None
+
+    def __enter__(self) -> MappedFile:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
 
 
 def _is_a_folder(name: str) -> IsADirectoryError:
     return IsADirectoryError(errno.EISDIR, "expected a file, found a folder", name)
 
 
-def _mapped(descriptor: int, nbytes: int, wanted: bool) -> Any:
-    if nbytes and wanted:
-        try:
-            if not hasattr(mmap, "MAP_PRIVATE"):
-                return mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_COPY)
-            # without a reservation, as the file may be larger than memory
-            flags = mmap.MAP_PRIVATE | _NORESERVE
-            return mmap.mmap(descriptor, nbytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
-        except OSError:  # a file system that cannot map
-            pass
-    whole = bytearray(nbytes)
-    view, done = memoryview(whole), 0
-    while done < nbytes:
-        count = os.readv(descriptor, [view[done:]])
-        if count == 0:
-            break
-        done += count
-    view.release()
-    del whole[done:]
+def _mapped(stream: BufferedReader) -> mmap.mmap | bytearray:
+    try:
+        return _private_mapping(stream.fileno())
+    except (OSError, ValueError):  # a file system that cannot map, or an empty file
+        return _read(stream)
+
+
+def _private_mapping(descriptor: int) -> mmap.mmap:
+    """Map the whole file, without reserving memory for it: it may be larger than memory is."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    flags, protection = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+    if sys.version_info >= (3, 13):  # older ones keep a duplicate of the descriptor open
+        return mmap.mmap(descriptor, 0, flags, protection, trackfd=False)
+    return mmap.mmap(descriptor, 0, flags, protection)
+
+
+def _read(stream: BufferedReader) -> bytearray:
+    whole = bytearray(os.fstat(stream.fileno()).st_size)
+    del whole[stream.readinto(whole) :]  # nothing, unless the file shrank meanwhile
     return whole
 
 
@@ -95,172 +109,228 @@ def _mapped(descriptor: int, nbytes: int, wanted: bool) -> Any:
 
 
 class NewFile:
-    """The file that is being written in place of another."""
+    """The file that is being written in the place of another; `written` counts its bytes."""
 
-    __slots__ = ("_descriptor", "written")
+    __slots__ = ("_descriptor", "_nbytes", "_target", "written")
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self.written = descriptor, 0
+    def __init__(self, descriptor: int, nbytes: int, target: str) -> None:
+        self._descriptor, self._nbytes, self._target = descriptor, nbytes, target
+        self.written = 0
 
-    def write(self, buffer: Any) -> None:
-        """Append all bytes of a contiguous buffer."""
-        with memoryview(buffer) as view, view.cast("B") as octets:
-            done = 0
-            while done < len(octets):
-                with octets[done:] as rest:
-                    count = os.write(self._descriptor, rest)
+    def write(self, buffer: Buffer) -> None:
+        """Append all bytes of a C-contiguous buffer of any dtype."""
+        octets, done = np.frombuffer(buffer, np.uint8), 0
+        while done < octets.size:  # one call writes 2 GiB at most, and less where it likes
+            with self._explained():
+                count = os.write(self._descriptor, octets[done:])
                 if count == 0:
-                    raise OSError(errno.EIO, "the file system wrote nothing")
-                done += count
-            self.written += done
+                    raise OSError(errno.EIO, "the file system took no bytes")
+            done += count
+        self.written += done
+
+    def reserve(self) -> None:
+        """Have the space set aside: writing is faster, and a full disk shows before the work."""
+        if self._nbytes == 0 or not hasattr(os, "posix_fallocate"):
+            return
+        with self._explained():
+            # Where the file system lacks fallocate(2), glibc writes into every 4 KiB instead. It
+            # reads them first, as far as the file goes, so here it gives up at once with EBADF.
+            os.ftruncate(self._descriptor, min(self._nbytes, 4096))
+            try:
+                os.posix_fallocate(self._descriptor, 0, self._nbytes)
+            except OSError as error:
+                if error.errno not in _NO_FALLOCATE:
+                    raise
+
+    def finish(self, *, durable: bool) -> None:
+        """Check that all was written, and have it reach the disk."""
+        if self.written != self._nbytes:
+            raise AssertionError(
+                f"{self._target}: planned {self._nbytes} bytes, wrote {self.written}"
+            )
+        if durable:
+            with self._explained():
+                os.fsync(self._descriptor)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Name the target in an error of the file system, and the numbers in one of space."""
+        try:
+            yield
+        except OSError as error:
+            sentence = error.strerror
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                sentence = (
+                    f"{sentence}: expected room for {self._nbytes} bytes, found {self._free()} "
+                    "free; make room or save elsewhere (nothing was changed)"
+                )
+            raise OSError(error.errno, sentence, self._target) from error
+
+    def _free(self) -> int:
+        """Return how many bytes there were before this file took its share."""
+        import shutil  # 2 ms, for this error only
+
+        held = getattr(os.fstat(self._descriptor), "st_blocks", 0) * 512
+        return shutil.disk_usage(os.path.dirname(self._target)).free + held
+
+
+_NO_FALLOCATE = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def replacing(
-    path: str | os.PathLike[str], *, nbytes: int, durable: bool = True
+    path: str | bytes | os.PathLike[str], *, nbytes: int, durable: bool = True
 ) -> Iterator[NewFile]:
     """Give a NewFile that takes the place of `path` once `nbytes` bytes have been written.
 
     It is a temporary in the same folder; with `durable` it is synced, renamed over the target, and
-    the folder synced. The mode is that of the file replaced, or what the umask says. A symlink
-    stays, its target is replaced. On any error the old file is untouched and the temporary gone.
+    the folder synced. The permissions are those of the file replaced, or what the umask says. A
+    symlink stays, its target is replaced. On any error the old file is as it was and the temporary
+    gone; only if syncing the folder fails is the new file already in place.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with replacing(os.path.join(folder, "new"), nbytes=5) as file:
+    ...         file.write(b"hello")
+    ...     os.listdir(folder)
+    ['new']
     """
-    target = os.path.realpath(os.fsdecode(path))
-    mode = _mode_of_target(target)
-    folder, name = os.path.split(target)
-    temporary = os.path.join(folder, _temporary_name(name))
-    descriptor = _create(temporary, folder)
+    target, mode = _resolved(path)
+    temporary = _temporary_beside(target)
     try:
-        try:
-            if mode is not None and hasattr(os, "fchmod"):
-                os.fchmod(descriptor, mode)
-            _preallocate(descriptor, nbytes, target)
-            file = NewFile(descriptor)
+        with _created(temporary, target, mode) as descriptor:
+            file = NewFile(descriptor, nbytes, target)
+            file.reserve()
             yield file
-            if file.written != nbytes:
-                raise AssertionError(f"planned {nbytes} bytes, wrote {file.written}")
-            if durable:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            file.finish(durable=durable)
         os.replace(temporary, target)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # the error that led here matters more
             os.unlink(temporary)
         raise
     if durable:
-        _sync_folder(folder)
+        _sync_folder(os.path.dirname(target))
 
 
-def _mode_of_target(target: str) -> int | None:
-    """Return the permission bits of the file to be replaced; refuse what is no regular file."""
+def _resolved(path: str | bytes | os.PathLike[str]) -> tuple[str, int | None]:
+    """Return the path with its links followed, and the permissions of the file that is there.
+
+    Refuses all but regular files and new names.
+    """
+    name = os.fsdecode(path)
+    if not os.path.basename(name):  # empty, or with a separator at its end
+        raise _is_a_folder(name)
+    target = os.path.realpath(name)
     try:
         mode = os.stat(target).st_mode
     except FileNotFoundError:
-        return None
+        return target, None
     if stat.S_ISDIR(mode):
-        raise _is_a_folder(target)
+        raise _is_a_folder(name)
     if not stat.S_ISREG(mode):
         raise UnsupportedValueError(
-            f"{target}: expected a regular file or a new name, found a device, pipe or socket"
+            f"{name}: expected a regular file or a new name, found a device, pipe or socket"
         )
-    return stat.S_IMODE(mode)
+    return target, mode & 0o777
 
 
-def _temporary_name(name: str) -> str:
-    """Return a hidden name in at most 255 bytes, the limit of file systems."""
-    room = _MAX_NAME_NBYTES - len(_SUFFIX) - 18
-    short = os.fsencode(name)[:room].decode("utf-8", "ignore")
-    return f".{short}.{os.urandom(8).hex()}{_SUFFIX}"
+def _temporary_beside(target: str) -> str:
+    """Return a hidden name in the same folder, of 131 bytes at most (file systems take 255)."""
+    folder, name = os.path.split(target)
+    short = os.fsencode(name)[:100].decode("utf-8", "ignore")
+    return os.path.join(folder, f".{short}.{os.urandom(8).hex()}.gpustore-tmp")
 
 
-def _create(temporary: str, folder: str) -> int:
+@contextlib.contextmanager
+def _created(temporary: str, target: str, mode: int | None) -> Iterator[int]:
+    """Give the descriptor of a new file of this mode, or of what the umask makes of None."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_BINARY"):
+    for name in ("O_NOFOLLOW", "O_BINARY"):  # Python itself adds O_CLOEXEC
         flags |= getattr(os, name, 0)
     try:
-        return os.open(temporary, flags, 0o666)
+        descriptor = os.open(temporary, flags, 0o666 if mode is None else 0o600)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            errno.ENOENT, "there is no such folder; create it first", folder
-        ) from error
-
-
-def _preallocate(descriptor: int, nbytes: int, target: str) -> None:
-    """Reserve the space, where the file system can: a full disk shows before the work is done."""
-    if nbytes == 0 or not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(descriptor, 0, nbytes)
+        sentence = "there is no such folder; create it first"
+        raise FileNotFoundError(errno.ENOENT, sentence, os.path.dirname(target)) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return  # not supported here: the writes will tell
-        free = os.statvfs(os.path.dirname(target) or ".")
-        raise OSError(
-            error.errno,
-            f"expected {nbytes} bytes of space, found {free.f_bavail * free.f_frsize} free; make "
-            "room or save elsewhere (the old file is as it was)",
-            target,
-        ) from error
+        raise OSError(error.errno, error.strerror, target) from error
+    try:
+        if mode is not None and hasattr(os, "fchmod"):
+            os.fchmod(descriptor, mode)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: str) -> None:
+    """Have the new name reach the disk, where folders can be opened and synced."""
     try:
-        descriptor = os.open(folder or ".", os.O_RDONLY)
-    except OSError:  # Windows opens no folders
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows, or a folder without the right to read
         return
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without it
-            raise
+            sentence = f"{error.strerror}; the new file is in place, but may not outlast a crash"
+            raise OSError(error.errno, sentence, folder) from error
     finally:
         os.close(descriptor)
 
 
 # --- other kinds of files ---------------------------------------------------------------------
 
-_MAGIC: tuple[tuple[bytes, str], ...] = (
-    (
-        rb"version https://git-lfs\.github\.com/spec/",
-        "this is a Git LFS pointer, not the file itself; run `git lfs pull` to fetch it",
-    ),
+_BINARY = (
     (
         rb"7JL",
         "this is a stream of Julia's Serialization, which only the same Julia version reads; load "
         "it there and save it with BSON.jl",
     ),
     (
-        rb"PK\x03\x04",
+        rb"PK(?:\x03\x04|\x05\x06)",
         "this is a zip archive (torch.save, numpy.savez and Keras write them); open it with the "
         "library that wrote it",
     ),
     (
-        rb"\x80[\x02-\x05](?:\x95|\}|\]|c|\(|\x8a|K|X|q|\.)",
+        rb"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.",
+        "this is a file of torch.save from before PyTorch 1.6; load it with torch.load where you "
+        "trust it and save it with gpustore",
+    ),
+    (
+        rb"\x80[\x02-\x05][\x95}\])c(\x8aKXUq.NGJM\x88\x89\x8c\x8f]",
         "this is a Python pickle, which runs code when it is loaded and is never opened here; load "
         "it where you trust it and save it with gpustore",
     ),
     (
-        rb"\x89HDF\r\n\x1a\n|HDF5-based Julia Data Format",
+        rb"\x89HDF\r\n\x1a\n|HDF5-based Julia Data Format|Julia data file \(HDF5\)",
         "this is an HDF5 or JLD2 file; open it with h5py or with JLD2.jl",
     ),
     (rb"\x93NUMPY", "this is a NumPy .npy file; load it with numpy.load"),
-    (rb"GGUF", "this is a GGUF file; open it with the program it was made for"),
-    (rb"\x1f\x8b", "this is a gzip file; unpack it with gunzip first"),
-    (rb"BZh[1-9]", "this is a bzip2 file; unpack it with bunzip2 first"),
-    (rb"\xfd7zXZ\0", "this is an xz file; unpack it with unxz first"),
-    (rb"\x28\xb5\x2f\xfd", "this is a zstd file; unpack it with unzstd first"),
     (
-        rb"(?s).{8}\{[\"\s}]",
+        rb"(?s).{4}\0{4}\{[\"\s}]",
         "this is a safetensors file; load it with the safetensors package and save its tensors",
     ),
+    (rb"GGUF", "this is a GGUF file; open it with the program it was made for"),
+    (rb"\x1f\x8b\x08", "this is a gzip file; unpack it with gunzip first"),
+    (rb"BZh[1-9]1AY&SY", "this is a bzip2 file; unpack it with bunzip2 first"),
+    (rb"\xfd7zXZ\0", "this is an xz file; unpack it with unxz first"),
+    (rb"\x28\xb5\x2f\xfd", "this is a zstd file; unpack it with unzstd first"),
+)
+_TEXT = (
     (
-        rb"\s*(?:\{\s*[\"}]|\[[\s\S]{0,400}[\",\]])",
+        rb"version https://git-lfs\.github\.com/spec/",
+        "this is a Git LFS pointer, not the file itself; run `git lfs pull` to fetch it",
+    ),
+    (
+        rb"(?i)\s*<(?:!doctype|html|head|body|\?xml)",
+        "this is an HTML or XML page, not the file itself; download the file again",
+    ),
+    (
+        rb"\s*(?:\{\s*[\"}]|\[\s*(?:[\[{\"\]\d-]|true|false|null))",
         "this is JSON text, not BSON; load it with Python's json module",
     ),
-    (rb"(?i)\s*<(?:!doctype|html|\?xml)", "this is an HTML or XML page, not the file itself; "
-     "download the file again"),
-)  # fmt: skip
+    (rb"", "this is text, not BSON; find the file that it describes"),
+)
 
 
 def foreign_kind(head: bytes, nbytes: int) -> str | None:
@@ -273,11 +343,22 @@ def foreign_kind(head: bytes, nbytes: int) -> str | None:
     """
     if nbytes == 0:
         return "the file is empty; copy or save it again"
-    if int.from_bytes(head[:4], "little") == nbytes:
-        return None  # the length that BSON begins with
-    for pattern, sentence in _MAGIC:
-        if re.match(pattern, head):
-            return sentence
-    if len(head) >= 8 and all(octet in b"\t\n\r" or 32 <= octet < 127 for octet in head):
-        return "this is text, not BSON; find the file that it describes"
-    return None
+    if _begins_as_bson(head, nbytes):
+        return None
+    text = re.fullmatch(rb"(?:\xef\xbb\xbf)?([\t\n\f\r\x20-\x7e\x80-\xff]{5,})", head)
+    rows, start = (_TEXT, text[1]) if text else (_BINARY, head)
+    return next((sentence for pattern, sentence in rows if re.match(pattern, start)), None)
+
+
+def _begins_as_bson(head: bytes, nbytes: int) -> bool:
+    """Whether the length, and the type and key of the first element, are such as BSON has.
+
+    A length below that of the file is BSON's too (more may follow), and so is -1 (unknown).
+    """
+    length = int.from_bytes(head[:4], "little", signed=True)
+    if length == nbytes:
+        return True
+    element = re.match(rb"(?s).{4}[\x01-\x13\x7f\xff]([^\0]+)\0", head)
+    if element is None or not (length == -1 or 5 <= length < nbytes):
+        return False
+    return element[1].decode("utf-8", "replace").isprintable()

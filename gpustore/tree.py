@@ -52,7 +52,8 @@ class TrackedArray:
         return values.copy() if copy else values
 
     def __repr__(self) -> str:
-        return f"TrackedArray(dtype={self.dtype}, shape={self.shape})"
+        dtype, shape = (getattr(self.data, name, "unknown") for name in ("dtype", "shape"))
+        return f"TrackedArray(dtype={dtype}, shape={shape})"
 
 
 @dataclass(slots=True, eq=False)
