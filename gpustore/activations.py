@@ -95,7 +95,8 @@ sigmoid, hardsigmoid, logsigmoid = σ, hardσ, logσ
 
 
 def _clipped(x: Any, low: float, high: float) -> Any:
-    return np.clip(x if hasattr(x, "dtype") else np.asarray(x)[()], low, high)
+    x = x if hasattr(x, "dtype") else np.asarray(x)[()]
+    return np.clip(x, low, high).astype(x.dtype)
 
 
 def hardtanh(x: Any) -> Any:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 DIGEST_NBYTES = 32
 # all cores pay from 256 KiB on with 2 threads and from 512 KiB on with 16 (blake3 1.0.11)
@@ -28,7 +25,7 @@ def hasher(nbytes: int = 0, *, threads: int | None = None) -> blake3:
     return blake3(max_threads=threads)
 
 
-def blake3_digest(buffer: Buffer, *, threads: int | None = None) -> bytes:
+def blake3_digest(buffer: Any, *, threads: int | None = None) -> bytes:
     """Return the 32-byte BLAKE3 digest of a C-contiguous host buffer of any dtype.
 
     `threads` is that of `hasher`.
@@ -36,5 +33,5 @@ def blake3_digest(buffer: Buffer, *, threads: int | None = None) -> bytes:
     >>> blake3_digest(b"").hex()[:16]
     'af1349b9f5f9a1a6'
     """
-    octets = np.frombuffer(buffer, np.uint8)  # unlike memoryview.cast, of every dtype and shape
-    return hasher(octets.size, threads=threads).update(octets).digest()
+    octets = np.frombuffer(buffer, np.uint8).data  # memoryview.cast takes not every dtype
+    return hasher(octets.nbytes, threads=threads).update(octets).digest()

@@ -11,14 +11,11 @@ import stat
 import sys
 from collections.abc import Iterator
 from io import BufferedReader
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from gpustore.errors import FormatError, UnsupportedValueError
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 # of <sys/mman.h>; Python has the name from 3.13 on
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -117,10 +114,10 @@ class NewFile:
         self._descriptor, self._nbytes, self._target = descriptor, nbytes, target
         self.written = 0
 
-    def write(self, buffer: Buffer) -> None:
+    def write(self, buffer: Any) -> None:
         """Append all bytes of a C-contiguous buffer of any dtype."""
-        octets, done = np.frombuffer(buffer, np.uint8), 0
-        while done < octets.size:  # one call writes 2 GiB at most, and less where it likes
+        octets, done = np.frombuffer(buffer, np.uint8).data, 0
+        while done < octets.nbytes:  # one call writes 2 GiB at most, and less where it likes
             with self._explained():
                 count = os.write(self._descriptor, octets[done:])
                 if count == 0:
@@ -361,4 +358,4 @@ def _begins_as_bson(head: bytes, nbytes: int) -> bool:
     element = re.match(rb"(?s).{4}[\x01-\x13\x7f\xff]([^\0]+)\0", head)
     if element is None or not (length == -1 or 5 <= length < nbytes):
         return False
-    return element[1].decode("utf-8", "replace").isprintable()
+    return element[1].decode("utf-8", "surrogateescape").isprintable()
