@@ -119,7 +119,7 @@ class NewFile:
         octets, done = np.frombuffer(buffer, np.uint8).data, 0
         while done < octets.nbytes:  # one call writes 2 GiB at most, and less where it likes
             with self._explained():
-                count = os.write(self._descriptor, octets[done:].data)
+                count = os.write(self._descriptor, octets[done:])
                 if count == 0:
                     raise OSError(errno.EIO, "the file system took no bytes")
             done += count
