@@ -84,6 +84,10 @@ def _short(text: str) -> str:
     return text if len(text) <= _MAX_WIDTH else text[: _MAX_WIDTH - 3] + "..."
 
 
+def _arrays(count: int) -> str:
+    return "1 array" if count == 1 else f"{count} arrays"
+
+
 def _size(nbytes: int) -> str:
     size = float(nbytes)
     for unit in ("bytes", "KiB", "MiB", "GiB"):
@@ -96,14 +100,14 @@ def _size(nbytes: int) -> str:
 def _summary(stored: StoredFile, value: Any) -> str:
     total = sum(entry.nbytes for entry in stored.arrays)
     lost = sum(isinstance(node, LostArray) for _, node in tree.walk(value))
-    text = f"{len(stored.arrays)} arrays, {_size(total)}. Loads without a GPU: "
+    text = f"{_arrays(len(stored.arrays))}, {_size(total)}. Loads without a GPU: "
     if lost:
         return text + (
-            f"no, {lost} arrays were saved from the GPU as pointers; their values are lost "
+            f"no, {_arrays(lost)} saved from the GPU as pointers; their values are lost "
             "(load the rest with lost='placeholder')"
         )
     if stored.tags:
-        tags = ", ".join(f"{count} arrays on {tag}" for tag, count in stored.tags.items())
+        tags = ", ".join(f"{_arrays(count)} on {tag}" for tag, count in stored.tags.items())
         return text + f"only with device='cpu' ({tags}); `gpustore cpu` makes a file that does"
     return text + "yes"
 
@@ -124,7 +128,7 @@ def verify(file: str) -> None:
 def _verdict(found: Verification) -> str:
     if not found.has_structure_digest and not found.arrays:
         return "no digests in this file (Julia writes none): nothing to verify"
-    return f"ok, {found.arrays} arrays" + (" and the structure" * found.has_structure_digest)
+    return f"ok, {_arrays(found.arrays)}" + (" and the structure" * found.has_structure_digest)
 
 
 @cli.command()
@@ -141,7 +145,7 @@ def cpu(file: str, output: str) -> None:
                 "pointers); save cpu(model) in Julia"
             )
         stored.save_for_cpu(output)
-    click.echo(f"{output}: written, {len(stored.arrays)} arrays for the CPU")
+    click.echo(f"{output}: written, {_arrays(len(stored.arrays))} for the CPU")
 
 
 def main() -> None:

@@ -162,6 +162,7 @@ class _Arrays:
 
     def __init__(self, file: MappedFile) -> None:
         self.file = file
+        self.counts: Counter[str] = Counter()  # arrays of each tag, "cpu" for those without
         self.tags: dict[int, str] = {}  # id of a tagged array -> its tag
         self.kept: list[Any] = []  # keeps those arrays alive, as their ids are used
 
@@ -173,6 +174,7 @@ class _Arrays:
 
     def make(self, spec: ArraySpec, path: str) -> Any:
         array = host_array(self.file, spec, path)
+        self.counts[spec.device] += 1
         if spec.device != "cpu":
             self.tags[id(array)] = spec.device
             self.kept.append(array)
@@ -180,13 +182,13 @@ class _Arrays:
 
     def placed(self, root: Any, choose: Callable[[str], str]) -> Any:
         """Return the tree with each array on its device; nothing large was read so far."""
-        targets = {tag: choose(tag) for tag in {"cpu", *self.tags.values()}}
+        targets = {tag: choose(tag) for tag in self.counts}
         if all(device == "cpu" for device in targets.values()):
             return root
         self.require(targets)
 
         def move(leaf: Any) -> Any:
-            if not isinstance(leaf, np.ndarray):
+            if not isinstance(leaf, np.ndarray) or not tree.is_numeric(leaf):
                 return leaf
             device = targets[self.tags.get(id(leaf), "cpu")]
             return leaf if device == "cpu" else devices.to_device(leaf, device)
@@ -199,8 +201,9 @@ class _Arrays:
             try:
                 devices.require_cuda(device)
             except CUDAUnavailableError as error:
-                counts = Counter(self.tags.values())
-                tagged = ", ".join(f"{n} arrays are tagged {tag}" for tag, n in counts.items())
+                tagged = ", ".join(
+                    f"{n} arrays are tagged {tag}" for tag, n in self.counts.items() if tag != "cpu"
+                )
                 raise CUDAUnavailableError(
                     f"{self.file.path}: {tagged or f'arrays are wanted on {device}'}, but {error}. "
                     "To load it here, pass device='cpu'; to make a file that loads everywhere, "

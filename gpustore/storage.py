@@ -294,7 +294,7 @@ _BINARY = (
         "trust it and save it with gpustore",
     ),
     (
-        rb"\x80[\x02-\x05][\x95}\])c(\x8aKXUq.NGJM\x88\x89\x8c\x8f]",
+        rb"\x80[\x02-\x05][\x95}\])c(\x8aKXUq.NGJMBC\x88\x89\x8c-\x8f]",
         "this is a Python pickle, which runs code when it is loaded and is never opened here; load "
         "it where you trust it and save it with gpustore",
     ),

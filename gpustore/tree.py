@@ -198,13 +198,9 @@ def to_device(x: Any, device: str) -> Any:
             return leaf
         if device == "cpu":
             return devices.to_host(leaf)
-        return devices.to_device(leaf, device) if _has_device_dtype(leaf) else leaf
+        return devices.to_device(leaf, device) if is_numeric(leaf) else leaf
 
     return rebuild(x, move)
-
-
-def _has_device_dtype(array: Any) -> bool:
-    return not isinstance(array, np.ndarray) or array.dtype.kind not in "OSUVmM"
 
 
 def cpu(x: Any) -> Any:
@@ -221,6 +217,11 @@ def gpu(x: Any, device: str | int | None = None) -> Any:
 
     Where CUDA is not available and no device is named, the model comes back unchanged with one
     warning, as in Flux; a named device raises CUDAUnavailableError.
+
+    >>> from gpustore.testing import fake_cuda
+    >>> with fake_cuda():
+    ...     device_of(gpu({"w": np.ones(2)}, "cuda:1"))
+    'cuda:1'
     """
     if device is None:
         status = devices.cuda_status()
@@ -237,7 +238,11 @@ def gpu(x: Any, device: str | int | None = None) -> Any:
 
 
 def param(array: Any) -> TrackedArray:
-    """Return a tracked array, as Flux's `param` did up to 0.9."""
+    """Return a tracked array, as Flux's `param` did up to 0.9.
+
+    >>> param(np.ones(2))
+    TrackedArray(dtype=float64, shape=(2,))
+    """
     return TrackedArray(array)
 
 
@@ -264,6 +269,9 @@ def params(x: Any) -> list[Any]:
     """Return the model's parameters in Flux's order: fields in turn, depth first, each once.
 
     They are the arrays themselves (or TrackedArrays), not copies, of any numeric dtype.
+
+    >>> params({"w": np.zeros((1, 2)), "b": [np.ones(1)]})
+    [array([[0., 0.]]), array([1.])]
     """
     if isinstance(x, Params):
         return x.arrays()
@@ -273,7 +281,7 @@ def params(x: Any) -> list[Any]:
     for _, node in walk(x):
         if isinstance(node, TrackedArray):
             inside.update(id(part) for _, part in walk([node.data, node.grad, node.tracker]))
-        elif not (devices.is_array(node) and _is_numeric(node)):
+        elif not (devices.is_array(node) and is_numeric(node)):
             continue
         if id(node) not in seen and id(node) not in inside:
             seen.add(id(node))
@@ -281,7 +289,8 @@ def params(x: Any) -> list[Any]:
     return found
 
 
-def _is_numeric(array: Any) -> bool:
+def is_numeric(array: Any) -> bool:
+    """Whether an array holds numbers, which may be parameters and may lie on a GPU."""
     return not isinstance(array, np.ndarray) or array.dtype.kind not in "OSUVmM"
 
 
@@ -290,6 +299,11 @@ def loadparams(model: Any, weights: Any) -> None:
 
     Raises MismatchError naming every array whose shape differs, or the counts; then nothing has
     been changed. Values are converted to the model's dtype within the same kind.
+
+    >>> model = {"w": np.zeros(2)}
+    >>> loadparams(model, [np.array([1.0, 2.0])])
+    >>> model
+    {'w': array([1., 2.])}
     """
     targets, sources = [data(p) for p in params(model)], [data(w) for w in weights]
     if len(targets) != len(sources):
@@ -327,6 +341,9 @@ def state(x: Any) -> Any:
     """Return the model's values without its types, as `Flux.state`: nested dicts and tuples.
 
     Arrays (not copied), numbers, booleans and None stay; what has no values (a function) is ().
+
+    >>> state([1.5, abs, None])
+    (1.5, (), None)
     """
     if isinstance(x, TrackedArray):
         return x.data
@@ -345,6 +362,9 @@ def loadmodel(dst: Any, src: Any) -> Any:
 
     Numbers and functions of `dst` stay as they are, as in Flux. Raises MismatchError naming
     every difference in structure or shape; then nothing has been changed.
+
+    >>> loadmodel({"w": np.zeros(2)}, {"w": np.ones(2)})
+    {'w': array([1., 1.])}
     """
     pairs: list[tuple[str, Any, Any]] = []
     problems: list[str] = []
