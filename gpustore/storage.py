@@ -350,12 +350,13 @@ def foreign_kind(head: bytes, nbytes: int) -> str | None:
 def _begins_as_bson(head: bytes, nbytes: int) -> bool:
     """Whether the length, and the type and key of the first element, are such as BSON has.
 
-    A length below that of the file is BSON's too (more may follow), and so is -1 (unknown).
+    A length below that of the file is BSON's too: more may follow. The length -1 begins no other
+    kind that is known here.
     """
     length = int.from_bytes(head[:4], "little", signed=True)
     if length == nbytes:
         return True
     element = re.match(rb"(?s).{4}[\x01-\x13\x7f\xff]([^\0]+)\0", head)
-    if element is None or not (length == -1 or 5 <= length < nbytes):
+    if element is None or not 5 <= length < nbytes:
         return False
     return element[1].decode("utf-8", "surrogateescape").isprintable()

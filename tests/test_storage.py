@@ -12,6 +12,7 @@ import lzma
 import os
 import pickle
 import resource
+import shutil
 import socket
 import stat
 import sys
@@ -296,20 +297,38 @@ def test_a_failing_system_call_leaves_the_old_file_and_no_temporary(
 
 
 def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path, monkeypatch):
-    path, real = tmp_path / "f", os.write
+    path, real, held = tmp_path / "f", os.write, []
     write(path, b"old")
-    counts = iter([2, 3])
 
     def write_some(descriptor, octets):
-        count = next(counts, None)
-        return failing(errno.ENOSPC)() if count is None else real(descriptor, octets[:count])
+        if len(octets) == 10_000:
+            return real(descriptor, octets[:5])
+        held.append(os.fstat(descriptor).st_blocks * 512)
+        return failing(errno.ENOSPC)()
 
+    usage = shutil.disk_usage(tmp_path)._replace(free=7)
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", write_some)
-        with pytest.raises(OSError, match=r"room for 10 bytes, found \d+ free; make room") as error:
-            write(path, b"0123456789")
-    assert error.value.filename == str(path)
+        patch.setattr(shutil, "disk_usage", lambda folder: usage)
+        with pytest.raises(OSError, match="No space left") as error:
+            write(path, bytes(10_000))
+    assert error.value.filename == str(path)  # what the temporary held counts as free
+    assert f"expected room for 10000 bytes, found {held[0] + 7} free" in error.value.strerror
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]
+
+
+def test_space_is_set_aside_in_a_file_of_one_block_so_that_glibc_never_writes_it(
+    tmp_path, monkeypatch
+):
+    calls = []
+
+    def fallocate(descriptor, offset, nbytes):
+        calls.append((os.fstat(descriptor).st_size, offset, nbytes))
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    write(tmp_path / "f", bytes(10_000))
+    write(tmp_path / "f", bytes(10))
+    assert calls == [(4096, 0, 10_000), (10, 0, 10)]
 
 
 def test_a_call_that_writes_nothing_is_an_error_not_a_loop(tmp_path, monkeypatch):
@@ -470,6 +489,13 @@ def test_real_bson_files_are_not_taken_for_another_kind():
         assert foreign_kind(head, nbytes // 2) is None  # the same file cut off
         assert foreign_kind(head, nbytes + 99) is None  # more follows
         assert foreign_kind(b"\xff\xff\xff\xff" + head[4:], nbytes) is None  # length unknown
+
+
+def test_a_document_whose_length_reads_as_another_kind_is_a_document():
+    for magic in (b"GGUF", b"7JL\x1e", b"PK\x03\x04", b"\x1f\x8b\x08\0"):
+        head = magic + b"\x03\0\x05\0\0\0\0"  # the first key is empty
+        assert foreign_kind(head, int.from_bytes(magic, "little")) is None
+        assert foreign_kind(head, 99) is not None
 
 
 keys = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
