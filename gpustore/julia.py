@@ -34,7 +34,13 @@ class Symbol(str):
 
 
 class NamedTuple(dict[str, Any]):
-    """A Julia NamedTuple: a dict that is written back as one."""
+    """A Julia NamedTuple: a dict that is written back as one; `nt.lr` is `nt["lr"]`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"this NamedTuple has no entry {name!r}") from None
 
     def __repr__(self) -> str:
         return f"NamedTuple({super().__repr__()})"

@@ -317,7 +317,7 @@ class Lifter:
         try:
             values.update(zip(keys, found, strict=True))
         except TypeError:  # a key that Python cannot hash
-            return Struct(julia_type, [keys, found])
+            return Struct(julia_type, [keys, found], ("keys", "values"))
         return values
 
     def set_of(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
