@@ -101,7 +101,7 @@ class Lowerer:
         """Lower an object that has an identity and is met for the first time."""
         if isinstance(value, dict):
             self.dictionary(container, key, value, path)
-        elif type(value) is list:
+        elif isinstance(value, list):
             node = self.place(container, key, value, [None] * len(value))
             self.fill(node, value, [f"{path}[{i}]" for i in range(len(value))])
         elif devices.is_array(value):
@@ -111,17 +111,19 @@ class Lowerer:
         elif isinstance(value, (Struct, OpaqueFunction)):
             self.kept(container, key, value, path)
         elif isinstance(value, LostArray):
-            self.kept(container, key, value.struct, path)
+            self.new(container, key, value.struct, path)
+            self.place(container, key, value, container[key])
         elif isinstance(value, JuliaArray):
             self.julia_array(container, key, value, path)
         elif isinstance(value, JuliaType):
             self.julia_type(container, key, value, path)
-        elif isinstance(value, np.generic):
+        elif isinstance(value, np.generic) and not isinstance(value, (str, bytes)):
             container[key] = self.scalar(value, path)
         elif isinstance(value, (set, frozenset)):
             self.members(container, key, value, path)
-        elif isinstance(value, str) and not isinstance(value, Symbol):
-            container[key] = self.text(str(value), path)
+        elif isinstance(value, _BUILT_IN) and flux.field_names(type(value)) is None:
+            base: Any = next(base for base in _BUILT_IN if isinstance(value, base))
+            container[key] = _BY_TYPE[base](self, base(value), path)
         else:
             self.instance(container, key, value, path)
 
@@ -291,28 +293,30 @@ class Lowerer:
         names = kind.fields if kind else flux.field_names(type(value))
         if names is None:
             raise self.refuse(path, value, _advice(value))
-        if isinstance(value, TrackedArray) and value.tracker is None:
-            value = self.tracked(value)
+        parts = self.parts(value, names, path)
         node: dict[str, Any] = {"tag": "struct", "type": None, "data": [None] * len(names)}
         if kind is None:
             node["fields"] = list(names)
         fields = self.open_struct(container, key, value, node)
         self.put(node, "type", type_of(value), path)
-        parts = [field_of(value, name) for name in names]
         self.fill(fields, parts, [f"{path}.{name}" for name in names])
 
-    def tracked(self, value: TrackedArray) -> TrackedArray:
-        """Return a TrackedArray made in Python with Tracker.jl's record of a leaf beside it."""
-        inner = array_type(value.data)
-        nothing, no_args = _NOTHING, _named("Core.Tuple")
+    def parts(self, value: Any, names: tuple[str, ...], path: str) -> list[Any]:
+        """Return the fields of an object as they are written."""
+        if isinstance(value, TrackedArray) and value.tracker is None:
+            return self.tracked(value)
+        unset = [name for name in names if not hasattr(value, name)]
+        if unset:
+            raise self.refuse(path, value, f"its field {unset[0]!r} is not set")
+        return [field_of(value, name) for name in names]
+
+    def tracked(self, value: TrackedArray) -> list[Any]:
+        """Return the fields of an array tracked in Python: Tracker.jl's record of a leaf first."""
         grad = np.zeros(value.shape, value.dtype, order="F") if value.grad is None else value.grad
         self.column_major.add(id(grad))
-        call = Struct(_named("Tracker.Call", nothing, no_args), [None, ()])
-        record = [np.uint32(0), call, True, grad]
-        tracker = Struct(_named("Tracker.Tracked", inner), record)
-        made = TrackedArray(value.data, grad, tracker)
-        self.places[id(made)] = (None, None, (made, value))  # keeps both alive, as their ids are
-        return made
+        call = Struct(_named("Tracker.Call", _NOTHING, _named("Core.Tuple")), [None, ()])
+        tracked_type = _named("Tracker.Tracked", array_type(value.data))
+        return [Struct(tracked_type, [np.uint32(0), call, True, grad]), value.data, grad]
 
     # --- arrays ---
 
@@ -320,6 +324,8 @@ class Lowerer:
         known = element_type_of(numpy_dtype(value))
         if known is None:
             raise self.refuse(path, value, _array_advice(numpy_dtype(value)))
+        if hasattr(value, "mask") and isinstance(value, np.ndarray):
+            raise self.refuse(path, value, "its mask would be lost; save .data and .mask")
         flags = getattr(value, "flags", None)
         is_column_major = len(value.shape) < 2 or bool(getattr(flags, "f_contiguous", False))
         if is_column_major or id(value) in self.column_major:
@@ -394,6 +400,9 @@ _BY_TYPE: dict[type, Callable[[Lowerer, Any, str], Any]] = {
     datetime.datetime: Lowerer.date_time,
     tuple: Lowerer.tuple_of,
 }
+
+
+_BUILT_IN = (str, int, float, complex, bytes, bytearray, tuple)  # subclasses are saved as these
 
 
 def is_document(value: dict[str, Any]) -> bool:

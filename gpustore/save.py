@@ -112,7 +112,7 @@ def _arrays_in_layers(root: Any) -> set[int]:
     for _, node in tree.walk(root):
         kind = flux.kind_of(node)
         if kind is not None and kind.is_layer:
-            ids.update(id(getattr(node, name)) for name in kind.fields)
+            ids.update(id(getattr(node, name, None)) for name in kind.fields)
     return ids
 
 

@@ -54,11 +54,19 @@ def type_of(value: Any) -> Any:
         return _named("Core.Tuple", *map(type_of, value))
     if isinstance(value, (Struct, OpaqueFunction, LostArray)):
         return value.type
-    if isinstance(value, TrackedArray) and value.julia_type is None:
-        inner = type_of(value.data)
-        return _named("Tracker.TrackedArray", *inner.params, inner)
+    if isinstance(value, TrackedArray):
+        return _tracked_type(value)
     function = flux.function_name(value)
     return _instance_type(value) if function is None else _named(function)
+
+
+def _tracked_type(value: TrackedArray) -> Any:
+    """Return TrackedArray{T, N, A} of the Flux era it was read from, for the data it holds now."""
+    inner = type_of(value.data)
+    if not isinstance(inner, JuliaType) or len(inner.params) < 2:
+        return value.julia_type or _named("Tracker.TrackedArray")
+    era = value.julia_type.path if value.julia_type else ("Tracker", "TrackedArray")
+    return JuliaType(era, (*inner.params[:2], inner))
 
 
 def _instance_type(value: Any) -> Any:

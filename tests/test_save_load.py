@@ -5,9 +5,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import datetime
+import enum
 import os
 import subprocess
 import sys
+import time
 from typing import Any, NamedTuple
 
 import bson
@@ -371,6 +373,38 @@ def test_progress_reaches_the_size_of_the_file(file):
 def test_unknown_options_are_refused(file, options):
     with pytest.raises(gs.UnsupportedValueError, match="expected"):
         gs.save(file, {"a": 1}, **options)
+
+
+def test_tracked_arrays_made_in_python_are_julias_and_stay_shared(file):
+    tracked = gs.param(np.ones((2, 3), "f4"))
+    gs.save(file, a=tracked, b=tracked, layer=gs.Dense(tracked))
+    loaded = gs.load(file)
+    assert loaded["a"] is loaded["b"] is loaded["layer"].weight
+    assert loaded["a"].tracker.data[3] is loaded["a"].grad
+    assert loaded["a"].grad.shape == (2, 3)
+    assert not loaded["a"].grad.any()
+    testing.assert_roundtrip(loaded)
+
+
+class Colour(enum.IntEnum):
+    RED = 1
+
+
+def test_subclasses_of_built_in_types_are_saved_as_what_they_extend(file):
+    class Text(str):
+        pass
+
+    values = {"a": Colour.RED, "b": Text("x"), "c": np.str_("y"), "d": time.gmtime(0)[:3]}
+    gs.save(file, values)
+    assert gs.load(file) == {"a": 1, "b": "x", "c": "y", "d": (1970, 1, 1)}
+
+
+def test_masked_arrays_and_unset_fields_are_refused(file):
+    with pytest.raises(gs.UnsupportedValueError, match="mask would be lost"):
+        gs.save(file, a=np.ma.masked_array([1, 2], [True, False]))
+    dense = object.__new__(gs.Dense)
+    with pytest.raises(gs.UnsupportedValueError, match="'weight' is not set"):
+        gs.save(file, a=dense)
 
 
 def test_subclasses_of_dict_and_named_tuples_of_julia_keep_their_entries(file):
