@@ -26,22 +26,32 @@ def fans(*shape: int) -> tuple[int, int]:
     return window * shape[-2], window * shape[-1]
 
 
-def glorot_uniform(*shape: int, rng: np.random.Generator | None = None, gain: float = 1) -> Any:
-    """Return float32 drawn uniformly within ±gain * sqrt(6 / (fan-in + fan-out)) (Glorot 2010).
+def glorot_uniform(
+    *shape: int, rng: np.random.Generator | None = None, gain: float = 1, dtype: Any = np.float32
+) -> Any:
+    """Return numbers drawn uniformly within ±gain * sqrt(6 / (fan-in + fan-out)) (Glorot 2010).
+
+    They are drawn as float32, as in Flux, then brought to `dtype`.
 
     >>> glorot_uniform(5, 10, rng=np.random.default_rng(0)).shape
     (5, 10)
     """
     rng = np.random.default_rng() if rng is None else rng
     scale = np.float32(gain) * np.sqrt(np.float32(24) / np.float32(sum(fans(*shape))))
-    return (rng.random(shape, dtype=np.float32) - np.float32(0.5)) * scale
+    drawn = rng.random(shape, dtype=np.float32) - np.float32(0.5)
+    return (drawn * scale).astype(dtype, copy=False)
 
 
-def glorot_normal(*shape: int, rng: np.random.Generator | None = None, gain: float = 1) -> Any:
-    """Return float32 drawn normally with deviation gain * sqrt(2 / (fan-in + fan-out))."""
+def glorot_normal(
+    *shape: int, rng: np.random.Generator | None = None, gain: float = 1, dtype: Any = np.float32
+) -> Any:
+    """Return numbers drawn normally with deviation gain * sqrt(2 / (fan-in + fan-out)).
+
+    They are drawn as float32, as in Flux, then brought to `dtype`.
+    """
     rng = np.random.default_rng() if rng is None else rng
     scale = np.float32(gain) * np.sqrt(np.float32(2) / np.float32(sum(fans(*shape))))
-    return rng.standard_normal(shape, dtype=np.float32) * scale
+    return (rng.standard_normal(shape, dtype=np.float32) * scale).astype(dtype, copy=False)
 
 
 def plain(x: Any) -> Any:
@@ -60,7 +70,8 @@ class Dense:
     """A fully connected layer: σ(weight @ x + bias).
 
     `Dense(in, out, σ)` makes the weight (out, in) by `init` and a bias (out,) of zeros;
-    `Dense(weight, bias, σ)` takes arrays as they are. A bias of False is none, as in Flux.
+    `Dense(weight, bias, σ)` takes arrays, not copies; only a bias of another dtype than the
+    weight's is brought to it. A bias of True is zeros, one of False is none, as in Flux.
 
     >>> Dense(10, 5)
     Dense(10, 5)
@@ -87,19 +98,14 @@ class Dense:
             self.weight = init(*shape) if rng is None else init(*shape, rng=rng)
         if len(self.weight.shape) != 2:
             raise MismatchError(
-                f"Dense: weight: expected shape (out, in), found {tuple(self.weight.shape)}"
-            )
-        n_rows = self.weight.shape[0]
-        if bias is True:
-            bias = np.zeros(n_rows, plain(self.weight).dtype)
-        elif bias is not False and tuple(getattr(bias, "shape", ("none",))) != (n_rows,):
-            raise MismatchError(
-                f"Dense: bias: expected True, False or an array of shape ({n_rows},), found "
-                f"{getattr(bias, 'shape', bias)!r}"
+                f"Dense: weight: expected shape (out, in), found {tuple(self.weight.shape)}; "
+                "give a matrix, or the sizes as Dense(in, out)"
             )
         if not callable(σ):
-            raise UnsupportedValueError(f"Dense: σ: expected a function, found {σ!r}")
-        self.bias, self.σ = bias, σ
+            raise UnsupportedValueError(
+                f"Dense: σ: expected a function, found {σ!r}; give one such as gpustore.relu"
+            )
+        self.bias, self.σ = _bias(self.weight, bias), σ
 
     def __call__(self, x: Any) -> Any:
         """Return the layer's output: x (in,) or (in, batch...), result (out,) or (out, batch...).
@@ -107,18 +113,21 @@ class Dense:
         `x` is brought to the weight's float type, as Flux does; it must be on the same device.
         """
         weight, bias = plain(self.weight), plain(self.bias)
-        if x.shape[:1] != weight.shape[1:]:
+        n_out, n_in = weight.shape
+        if x.shape[:1] != (n_in,):
             raise MismatchError(
-                f"{self!r}: expected input of shape ({weight.shape[1]}, batch), found {x.shape}"
+                f"{self!r}: expected input of shape ({n_in}, batch), found {tuple(x.shape)}; "
+                "features come first: transpose an input of shape (batch, features)"
             )
-        if x.dtype != weight.dtype and weight.dtype.kind == "f":
+        if x.dtype != weight.dtype and weight.dtype.kind not in "biu" and x.dtype.kind != "c":
             x = x.astype(weight.dtype)
-        columns = x if x.ndim <= 2 else x.reshape((x.shape[0], -1), order="F")
+        batch = x.shape[1:]
+        columns = x if x.ndim <= 2 else x.reshape((n_in, math.prod(batch)), order="F")
         product = weight @ columns
         if bias is not False:
             product = product + (bias if product.ndim == 1 else bias.reshape(-1, 1))
         output = self.σ(product)
-        return output if x.ndim <= 2 else output.reshape((-1, *x.shape[1:]), order="F")
+        return output if x.ndim <= 2 else output.reshape((n_out, *batch), order="F")
 
     def __repr__(self) -> str:
         n_out, n_in = getattr(self.weight, "shape", ("?", "?"))
@@ -127,13 +136,32 @@ class Dense:
         return f"Dense({n_in}, {n_out}{function}{bias})"
 
 
+def _bias(weight: Any, bias: Any) -> Any:
+    """Return a bias (out,) of the weight's dtype and device, zeros for True, or False for none."""
+    size = weight.shape[:1]
+    if bias is True:
+        return np.zeros_like(plain(weight), shape=size)
+    if bias is False:
+        return bias
+    if tuple(getattr(bias, "shape", ("none",))) != size:
+        raise MismatchError(
+            f"Dense: bias: expected True, False or an array of shape {size}, found "
+            f"{getattr(bias, 'shape', bias)!r}; an activation goes third, as Dense(weight, True, σ)"
+        )
+    is_same = bias is not plain(bias) or bias.dtype == weight.dtype
+    return bias if is_same else bias.astype(weight.dtype)
+
+
 def _size(n: Any, name: str) -> int:
     try:
         size = n.__index__()
     except AttributeError:
         size = -1
     if size < 0 or isinstance(n, bool):
-        raise UnsupportedValueError(f"Dense: {name}: expected a size or an array, found {n!r}")
+        raise UnsupportedValueError(
+            f"Dense: {name}: expected a size or an array, found {n!r}; "
+            "build it as Dense(in, out, σ) or Dense(weight, bias, σ)"
+        )
     return int(size)
 
 
@@ -151,11 +179,16 @@ class Chain:
 
     def __init__(self, *layers: Any, **named: Any) -> None:
         if layers and named:
-            raise UnsupportedValueError("Chain: expected all layers named, or none")
+            raise UnsupportedValueError(
+                f"Chain: expected all layers named or none, found {len(layers)} without a name; "
+                "name them all"
+            )
         self.layers = named or layers
         for layer in self:
             if not callable(layer):
-                raise UnsupportedValueError(f"Chain: expected callable layers, found {layer!r}")
+                raise UnsupportedValueError(
+                    f"Chain: expected callable layers, found {layer!r}; give Chain(first, second)"
+                )
 
     def __call__(self, x: Any) -> Any:
         """Return the output of the last layer."""

@@ -139,35 +139,49 @@ def write_plan(
     """Stream a plan into a new file at `path`, filling in the digests on the way."""
     whole = hasher()
     with storage.replacing(path, nbytes=plan.nbytes, durable=durable) as file:
-        done, gathered = 0, bytearray()
-        for index, structure in enumerate(plan.structures):
-            is_last = index == len(plan.payloads)
-            if is_last:
-                whole.update(structure[: STRUCTURE_DIGEST.start])
-                whole.update(structure[STRUCTURE_DIGEST.stop :])
-                structure[STRUCTURE_DIGEST] = whole.digest()
-            else:
-                whole.update(structure)
-            gathered += structure
-            if is_last or len(gathered) >= _GATHER_NBYTES:
-                file.write(gathered)
-                done, gathered = done + len(gathered), bytearray()
-            if is_last:
-                break
-            payload_hasher = hasher(plan.payloads[index].nbytes)
-            for chunk in plan.payloads[index].chunks():
+        out = _Output(file.write, plan.nbytes, progress)
+        for index, payload in enumerate(plan.payloads):
+            whole.update(plan.structures[index])
+            out.write(plan.structures[index])
+            payload_hasher = hasher(payload.nbytes)
+            for chunk in payload.chunks():
                 payload_hasher.update(chunk)
-                if len(gathered) + chunk.nbytes < _GATHER_NBYTES:
-                    gathered += memoryview(chunk)
-                    continue
-                file.write(gathered)
-                file.write(chunk)
-                done, gathered = done + len(gathered) + chunk.nbytes, bytearray()
-                if progress is not None:
-                    progress(done, plan.nbytes)
+                out.write(chunk)
             plan.structures[index + 1][PAYLOAD_DIGEST] = payload_hasher.digest()
-        if progress is not None:
-            progress(done, plan.nbytes)
+        last = plan.structures[-1]
+        whole.update(last[: STRUCTURE_DIGEST.start])
+        whole.update(last[STRUCTURE_DIGEST.stop :])
+        last[STRUCTURE_DIGEST] = whole.digest()
+        out.write(last)
+        out.flush()
+
+
+class _Output:
+    """Gathers small pieces into writes of `_GATHER_NBYTES`, and reports what is written."""
+
+    def __init__(self, write: Callable[[Any], Any], nbytes: int, progress: Progress | None) -> None:
+        self.write_through, self.nbytes, self.progress = write, nbytes, progress
+        self.done, self.gathered = 0, bytearray()
+
+    def write(self, piece: Any) -> None:
+        view = memoryview(piece)
+        if len(self.gathered) + view.nbytes < _GATHER_NBYTES:
+            self.gathered += view
+            return
+        self.flush()
+        self.write_through(view)
+        self.report(view.nbytes)
+
+    def flush(self) -> None:
+        gathered, self.gathered = self.gathered, bytearray()
+        if gathered:
+            self.write_through(gathered)
+            self.report(len(gathered))
+
+    def report(self, nbytes: int) -> None:
+        self.done += nbytes
+        if self.progress is not None:
+            self.progress(self.done, self.nbytes)
 
 
 def save_document(path: str | os.PathLike[str], content: dict[str, Any], buffer: Any) -> None:

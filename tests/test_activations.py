@@ -100,6 +100,16 @@ def test_integers_stay_integers_where_julia_keeps_them():
     assert gs.σ(np.int32([0])).dtype == np.float64
 
 
+def test_values_far_out_neither_overflow_nor_cancel():
+    huge = np.float32([-3e38, 3e38])
+    assert np.array_equal(gs.logcosh(huge), np.abs(huge))
+    assert gs.gelu_tanh(huge).tolist() == gs.gelu_sigmoid(huge).tolist() == [0, huge[1]]
+    assert gs.trelu(np.int32([0, 1, 2])).dtype == np.int32
+    x = np.linspace(-38, 10, 2001)
+    expected = [v * math.erfc(-v / math.sqrt(2)) / 2 for v in x]
+    np.testing.assert_allclose(gs.gelu_erf(x), expected, rtol=1e-12, atol=1e-320)
+
+
 def test_softmax_sums_to_one_over_the_first_axis_and_takes_infinities():
     x = np.random.default_rng(0).normal(size=(4, 3)).astype("f4")
     np.testing.assert_allclose(gs.softmax(x).sum(axis=0), 1, rtol=1e-6)

@@ -35,10 +35,16 @@ def test_dense_is_made_of_sizes_or_of_arrays():
     given = Dense(weight, bias, relu)
     assert given.weight is weight and given.bias is bias and given.σ is relu
     assert Dense(weight).bias.dtype == np.float64 and Dense(weight, False).bias is False
-    assert Dense(3, 2, bias=bias).bias is bias
+    assert Dense(3, 2, bias=bias).bias.dtype == np.float32  # the weight's, as in Flux
 
 
-@pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 3, 2), (4, 0)])
+def test_a_bias_is_made_on_the_weights_device(cuda):
+    layer = Dense(gs.gpu(np.ones((2, 3), "f4")))
+    assert gs.device_of(layer.bias) == "cuda:0" and layer.bias.shape == (2,)
+    assert gs.device_of(layer(gs.gpu(np.ones((3, 1), "f4")))) == "cuda:0"
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 3, 2), (4, 0), (4, 0, 5), (4, 5, 0)])
 def test_dense_maps_the_first_axis(shape):
     layer = Dense(4, 5, gs.tanh, rng=np.random.default_rng(0))
     layer.bias = np.arange(5, dtype="f4")
