@@ -11,6 +11,7 @@ import click
 from gpustore import errors, tree
 from gpustore.julia import ArraySpec, LostArray, OpaqueFunction, Struct
 from gpustore.load import StoredFile, open_file
+from gpustore.values import Entries
 from gpustore.verify import Verification
 
 _MAX_CHILDREN = 60  # of one list; the rest is counted
@@ -31,7 +32,7 @@ def inspect(file: str) -> None:
     with open_file(file) as stored:
         click.echo(f"{stored.path}: {_size(stored.nbytes)}, {stored.origin}")
         value = stored.value(make_array=lambda spec, path: spec)
-        entries = value.items() if type(value) is dict else [("(the file)", value)]
+        entries = value.items() if type(value) in (dict, Entries) else [("(the file)", value)]
         seen: set[int] = set()
         for name, child in entries:
             for line in _lines(str(name), child, 0, seen):

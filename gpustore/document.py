@@ -44,10 +44,14 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """Bytes to be streamed into a file: `chunks()` yields C-contiguous buffers, `nbytes` in all."""
+    """Bytes to be streamed into a file: `chunks()` yields C-contiguous buffers, `nbytes` in all.
+
+    A bare one is neither aligned nor given a digest: it counts as part of the structure.
+    """
 
     nbytes: int
     chunks: Callable[[], Iterable[Any]]
+    is_bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +158,8 @@ class _Encoder:
     def payload(self, key: bytes, value: Payload) -> None:
         """Pad, write the binary's header, cut the segment, and leave room for the digest."""
         alignment = 64 if value.nbytes < PAGE_ALIGNED_NBYTES else 4096
+        if value.is_bare:
+            alignment = 1
         header = len(key) + 6
         if value.nbytes > INLINE_LIMIT:
             self.length(self.segment, 0, value.nbytes)
@@ -163,7 +169,8 @@ class _Encoder:
         self.segment += b"\x05" + key + _INT32.pack(value.nbytes) + b"\0"
         self.base = self.position() + value.nbytes
         self.payloads.append(value)
-        self.segment = bytearray(_DIGEST_ELEMENT + bytes(DIGEST_NBYTES))
+        after = b"" if value.is_bare else _DIGEST_ELEMENT + bytes(DIGEST_NBYTES)
+        self.segment = bytearray(after)
         self.structures.append(self.segment)
 
     def finish(self) -> Plan:

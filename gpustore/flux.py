@@ -140,3 +140,39 @@ def field_names(cls: type) -> tuple[str, ...] | None:
     if issubclass(cls, tuple) and hasattr(cls, "_fields"):
         return tuple(cls._fields)
     return None
+
+
+def field_names_of(julia_type: Any, nfields: int) -> tuple[str, ...] | None:
+    """Return the field names of a struct that has no class here, where they are known."""
+    name = getattr(julia_type, "name", None)
+    return FIELD_NAMES.get((name, nfields)) if isinstance(name, str) else None
+
+
+_OPTIMISERS = {  # Flux.Optimise, and the rules of Optimisers.jl, by number of fields
+    "Descent": ("eta",),
+    "Momentum": ("eta", "rho", "velocity"),
+    "Nesterov": ("eta", "rho", "velocity"),
+    "RMSProp": ("eta", "rho", "acc"),
+    "ADAM": ("eta", "beta", "state"),
+    "Adam": ("eta", "beta", "state"),
+    "WeightDecay": ("wd",),
+    "ExpDecay": ("eta", "decay", "step", "clip", "current"),
+    "Optimiser": ("os",),
+}
+FIELD_NAMES: dict[tuple[str, int], tuple[str, ...]] = {
+    ("Base.UnitRange", 2): ("start", "stop"),
+    ("Base.OneTo", 1): ("stop",),
+    ("Base.StepRange", 3): ("start", "step", "stop"),
+    ("Base.StepRangeLen", 4): ("ref", "step", "len", "offset"),
+    ("Base.LinRange", 4): ("start", "stop", "len", "lendiv"),
+    ("Base.RefValue", 1): ("x",),
+    ("Base.Pair", 2): ("first", "second"),
+    ("Base.Rational", 2): ("num", "den"),
+    ("Base.TwicePrecision", 2): ("hi", "lo"),
+    ("Base.VersionNumber", 5): ("major", "minor", "patch", "prerelease", "build"),
+    ("Base.UUID", 1): ("value",),
+    ("Base.Dict", 2): ("keys", "values"),
+    ("Base.IdDict", 2): ("keys", "values"),
+    ("DataFrames.Index", 2): ("lookup", "names"),
+    **{(f"Flux.Optimise.{n}", len(f)): f for n, f in _OPTIMISERS.items()},
+}

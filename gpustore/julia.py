@@ -34,7 +34,12 @@ class Symbol(str):
 
 
 class NamedTuple(dict[str, Any]):
-    """A Julia NamedTuple: a dict that is written back as one; `nt.lr` is `nt["lr"]`."""
+    """A Julia NamedTuple: a dict that is written back as one; `nt.lr` is `nt["lr"]`.
+
+    `julia_type` is the type it had in its file.
+    """
+
+    julia_type: JuliaType | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -46,7 +51,7 @@ class NamedTuple(dict[str, Any]):
         return f"NamedTuple({super().__repr__()})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class JuliaType:
     """The name of a Julia type, `("Core", "Array")`, and its parameters, as the file spells them.
 
@@ -64,6 +69,15 @@ class JuliaType:
         path = tuple(module.split("."))
         return cls((*path[:-1], path[-1] + mark + function) if mark else path, params)
 
+    def __eq__(self, other: Any) -> bool:
+        if not isinstance(other, JuliaType) or self.path != other.path:
+            return False
+        # Val{1} is not Val{true}
+        return self.params == other.params and _kinds(self.params) == _kinds(other.params)
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.params))
+
     @property
     def name(self) -> str:
         """The dotted name; `Main.` before Core or Base, as BSON.jl writes it, is left out."""
@@ -72,9 +86,23 @@ class JuliaType:
             path = path[1:]
         return ".".join(path)
 
+    def is_same(self, other: Any) -> bool:
+        """Whether `other` is this type, however the two are spelled."""
+        if not isinstance(other, JuliaType) or self.name != other.name:
+            return False
+        pairs = zip(self.params, other.params, strict=False)
+        return len(self.params) == len(other.params) and all(
+            a.is_same(b) if isinstance(a, JuliaType) else type(a) is type(b) and a == b
+            for a, b in pairs
+        )
+
     def __repr__(self) -> str:
         params = ", ".join(map(repr, self.params))
         return self.name + (f"{{{params}}}" if params else "")
+
+
+def _kinds(params: tuple[Any, ...]) -> list[type]:
+    return [type(param) for param in params]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +248,11 @@ class ArraySpec:
     @property
     def nbytes(self) -> int:
         return self.payload.nbytes if isinstance(self.payload, Slot) else len(self.payload)
+
+
+def is_of_both_orders(shape: tuple[int, ...]) -> bool:
+    """Whether the row-major memory of an array of this shape is its column-major memory too."""
+    return sum(size != 1 for size in shape) < 2 or 0 in shape
 
 
 # --- element types ----------------------------------------------------------------------------

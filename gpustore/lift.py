@@ -6,16 +6,16 @@ cycles of the file are those of the result. A type that has no Python twin stays
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import datetime
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from gpustore import flux
+from gpustore import flux, twins
 from gpustore.digest import DIGEST_NBYTES
 from gpustore.document import Slot
 from gpustore.errors import FormatError
@@ -24,7 +24,6 @@ from gpustore.julia import (
     JuliaArray,
     JuliaType,
     LostArray,
-    NamedTuple,
     OpaqueDocument,
     OpaqueFunction,
     Source,
@@ -32,14 +31,14 @@ from gpustore.julia import (
     Symbol,
     dtype_of,
     extension_dtype,
+    is_of_both_orders,
 )
+from gpustore.values import BARE, Entries, with_origin
 
 MAX_RANK = 32
 RESERVED = ("_backrefs", "_gpustore")
 _GPU_ARRAYS = ("CuArray", "ROCArray", "MtlArray", "oneArray")
 _DEVICE_TAG = re.compile(r"cpu|cuda:(0|[1-9][0-9]{0,2})")
-_UNIX_EPOCH_DAYS = 719163  # 1970-01-01 in days from 0000-12-31, where Julia's dates begin
-_DICTS = ("Base.Dict", "Base.IdDict", "Core.Dict")
 _OPAQUETAGS = ("unionall", "ref", "svec", "jl_anonymous", "jl_bottom_type")
 
 
@@ -61,6 +60,7 @@ class Lifter:
         self.make_array, self.read, self.name = make_array, read, name
         self.memo: dict[int, Any] = {}  # id of a document or list -> its value
         self.types: dict[Any, JuliaType] = {}
+        self.spelling: set[str] = set()  # of Core and Base, those that the file calls Main's
 
     # --- dispatch ---
 
@@ -79,7 +79,7 @@ class Lifter:
             return int(node)
         if isinstance(node, (bytes, Slot)):
             spec = ArraySpec(np.dtype("u1"), (_nbytes(node),), "F", "cpu", node, None)
-            return self.make_array(spec, path)
+            return with_origin(self.make_array(spec, path), BARE)
         if kind.__name__ == "DBRef":  # how the codec gives a document that has the key `$ref`
             return self.mapping(dict(node.as_doc()), path)
         raise FormatError(
@@ -128,11 +128,15 @@ class Lifter:
 
     def entries(self, document: dict[str, Any], names: tuple[str, ...] | None) -> dict[str, Any]:
         """Return the top-level entries of these names (all of them for None)."""
-        return {
+        found: dict[str, Any] = {
             key: self.value(child, key)
             for key, child in document.items()
             if key not in RESERVED and (names is None or key in names)
         }
+        if self.spelling:
+            found = Entries(found)
+            found.spelling = frozenset(self.spelling)
+        return found
 
     # --- tags ---
 
@@ -154,12 +158,16 @@ class Lifter:
         if not params and isinstance(params, list):
             spelling = tuple(names)
             if spelling not in self.types:
-                self.types[spelling] = JuliaType(spelling)
+                self.types[spelling] = self.spelled(spelling, ())
             return self.types[spelling]
         lifted = self.type_params(params, path)
-        return (
-            OpaqueDocument(node, self.source) if lifted is None else JuliaType(tuple(names), lifted)
-        )
+        return OpaqueDocument(node, self.source) if lifted is None else self.spelled(names, lifted)
+
+    def spelled(self, names: Sequence[str], params: tuple[Any, ...]) -> JuliaType:
+        """Return the type, and note whether the file spells Core or Base as parts of Main."""
+        if len(names) > 2 and names[0] == "Main" and names[1] in ("Core", "Base"):
+            self.spelling.add(names[1])
+        return JuliaType(tuple(names), params)
 
     def type_params(self, params: Any, path: str) -> tuple[Any, ...] | None:
         """Lift type parameters, which BSON.jl packs as an array where they share a bits type.
@@ -171,7 +179,8 @@ class Lifter:
         if isinstance(params, dict) and params.get("tag") == "array":
             spec = self.array_spec(params, path)
             if isinstance(spec, ArraySpec):
-                return tuple(np.frombuffer(self.bytes_of(spec.payload), spec.dtype).tolist())
+                array = np.frombuffer(self.bytes_of(spec.payload), spec.dtype)
+                return tuple(array.tolist() if spec.dtype.char in "?l" else array)
             return None
         raise self.malformed(path, "the parameters of a datatype document are not a list")
 
@@ -281,14 +290,16 @@ class Lifter:
             if not kind.accepts(name, part):
                 raise self.malformed(f"{path}.{name}", f"a {type(part).__name__} is out of place")
             object.__setattr__(made, name, part)
-        if "julia_type" in getattr(kind.cls, "__slots__", ()):
-            made.julia_type = julia_type
+        written_as = flux.kind_of(made)
+        if written_as is None or julia_type != JuliaType.named(written_as.name) or kind.params:
+            with contextlib.suppress(AttributeError):  # a class with slots of its own
+                object.__setattr__(made, "julia_type", julia_type)
         return made
 
     def unknown(self, node: dict[str, Any], julia_type: Any, content: Any, path: str) -> Struct:
         names = node.get("fields")
         if not isinstance(names, list) or len(names) != len(content):
-            names = None
+            names = flux.field_names_of(julia_type, len(content))
         fields: list[Any] = []
         made = self.memo[id(node)] = Struct(julia_type, fields, tuple(names) if names else None)
         labels = [f".{name}" for name in names] if names else range(len(content))
@@ -303,78 +314,6 @@ class Lifter:
         shape = next((s for s in shapes if len(s) == rank), shapes[0] if shapes else ())
         return LostArray(julia_type, shape, Struct(julia_type, fields))
 
-    # --- structs with a Python twin ---
-
-    def dictionary(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
-        if len(content) != 2:
-            return NotImplemented
-        values: dict[Any, Any] = {}
-        self.memo[id(node)] = values
-        keys, found = (self.value(part, path) for part in content)
-        if not isinstance(keys, list) or not isinstance(found, list) or len(keys) != len(found):
-            del self.memo[id(node)]
-            return NotImplemented
-        try:
-            values.update(zip(keys, found, strict=True))
-        except TypeError:  # a key that Python cannot hash
-            return Struct(julia_type, [keys, found], ("keys", "values"))
-        return values
-
-    def set_of(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
-        inner = self.value(content[0], path) if len(content) == 1 else None
-        if not isinstance(inner, dict):
-            return NotImplemented
-        return frozenset(inner) if node.get("python") == "frozenset" else set(inner)
-
-    def complex_of(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
-        parts = self.children(content, path)
-        if len(parts) == 2 and all(type(part) is float for part in parts):
-            return complex(*parts)
-        if len(parts) == 2 and type(parts[0]) is type(parts[1]) in _COMPLEX_OF:
-            made = np.zeros((), _COMPLEX_OF[type(parts[0])])
-            made.real, made.imag = parts
-            return made[()]
-        return NotImplemented
-
-    def named_tuple(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
-        names = julia_type.params[0] if julia_type.params else None
-        if not isinstance(names, tuple) or len(names) != len(content):
-            return NotImplemented
-        made = self.memo[id(node)] = NamedTuple()
-        for name, child in zip(names, content, strict=True):
-            made[str(name)] = self.value(child, f"{path}[{str(name)!r}]")
-        return made
-
-    def date(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
-        days = self.instant(content, path)
-        if days is None or not 1 <= days <= datetime.date.max.toordinal():
-            return NotImplemented
-        return datetime.date.fromordinal(days)
-
-    def date_time(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
-        exact = node.get("python")
-        if isinstance(exact, str):
-            try:
-                moment = datetime.datetime.fromisoformat(exact.removesuffix(" fold"))
-                return moment.replace(fold=int(exact.endswith(" fold")))
-            except ValueError:
-                raise self.malformed(path, f"{exact!r} is no ISO date") from None
-        milliseconds = self.instant(content, path)
-        if milliseconds is None:
-            return NotImplemented
-        since = datetime.timedelta(milliseconds=milliseconds - _UNIX_EPOCH_DAYS * 86_400_000)
-        try:
-            return datetime.datetime(1970, 1, 1) + since
-        except OverflowError:
-            return NotImplemented
-
-    def instant(self, content: Any, path: str) -> int | None:
-        """Return the number inside UTInstant(Day(n)) or UTInstant(Millisecond(n))."""
-        value: Any = Struct(JuliaType(()), self.children(content, path))
-        while isinstance(value, Struct) and len(value.data) == 1:
-            value = value.data[0]
-        return value if type(value) is int and abs(value) < 2**53 else None
-
     def permuted(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
         """Lift a PermutedDimsArray that reverses its parent's dimensions: a row-major array."""
         parent = self.resolve(content[0], path) if len(content) == 1 else None
@@ -385,6 +324,8 @@ class Lifter:
             return NotImplemented
         spec = self.array_spec(parent, path)
         if not isinstance(spec, ArraySpec) or len(spec.shape) != rank:
+            return NotImplemented
+        if is_of_both_orders(spec.shape):
             return NotImplemented
         spec = dataclasses.replace(spec, shape=spec.shape[::-1], order="C")
         return self.make_array(spec, path)
@@ -405,19 +346,9 @@ TAGS: dict[str, Callable[[Lifter, dict[str, Any], str], Any]] = {
     **dict.fromkeys(_OPAQUETAGS, Lifter.opaque),
 }
 _BUILDERS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(_DICTS, Lifter.dictionary),
-    "Base.Set": Lifter.set_of,
-    "Base.Complex": Lifter.complex_of,
-    "Core.NamedTuple": Lifter.named_tuple,
-    "Dates.Date": Lifter.date,
-    "Dates.DateTime": Lifter.date_time,
+    **twins.LIFT,
     "Base.PermutedDimsArrays.PermutedDimsArray": Lifter.permuted,
     "Base.Some": Lifter.wrapped,
-}
-_COMPLEX_OF: dict[Any, str] = {np.float32: "<c8", np.float64: "<c16"}
-_NARROWER = {  # values that an int would be written back as a narrower type
-    "Core.Int128": range(-(2**63), 2**63),
-    "Core.UInt128": range(2**127),
 }
 
 
@@ -428,12 +359,9 @@ def _nbytes(payload: bytes | Slot | list[Any]) -> int:
 def _primitive(
     julia_type: JuliaType | OpaqueDocument, dtype: np.dtype[Any] | None, raw: bytes
 ) -> Any:
-    """Return the value of a primitive struct: a NumPy scalar, a wide int, or the struct itself."""
+    """Return the value of a primitive struct: a NumPy scalar, a twin, or the struct itself."""
     name = julia_type.name if isinstance(julia_type, JuliaType) else ""
     if dtype is not None and len(raw) == dtype.itemsize:
         return np.frombuffer(raw, dtype)[0]
-    if name in _NARROWER and len(raw) == 16:
-        wide = int.from_bytes(raw, "little", signed=name == "Core.Int128")
-        if wide not in _NARROWER[name]:
-            return wide
-    return Struct(julia_type, raw)
+    value = twins.lift_primitive(name, raw)
+    return Struct(julia_type, raw) if value is NotImplemented else value

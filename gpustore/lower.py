@@ -5,13 +5,13 @@ An object met twice is written once, into `_backrefs`, so sharing and cycles are
 
 from __future__ import annotations
 
-import datetime
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from gpustore import devices, document, flux
+from gpustore import devices, document, flux, twins
 from gpustore.document import Encoded, Payload, Slot
 from gpustore.errors import UnsupportedValueError
 from gpustore.julia import (
@@ -24,6 +24,7 @@ from gpustore.julia import (
     Struct,
     Symbol,
     element_type_of,
+    is_of_both_orders,
 )
 from gpustore.tree import TrackedArray
 from gpustore.typeof import (
@@ -31,24 +32,24 @@ from gpustore.typeof import (
     field_of,
     is_plain,
     named_tuple_type,
+    names_of,
     numpy_dtype,
     type_document,
     type_of,
 )
+from gpustore.values import DataFrame, JuliaDict, origin_of
 
 _named = JuliaType.named
-_ANY = _named("Core.Any")
 _FLOAT64 = _named("Core.Float64")
 _NOTHING = _named("Core.Nothing")
-_UNIX_EPOCH_DAYS = 719163  # 1970-01-01 in days from 0000-12-31, where Julia's dates begin
-_AWKWARD_KEYS = {"tag", "_backrefs", "_gpustore", "$ref"}  # they mean something to a reader
 
 
 class Lowerer:
     """Lowers values into one document.
 
     `make_payload(array, order)` streams an array in memory order "C" or "F"; `column_major` are
-    the ids of arrays inside layers; `tag_devices` writes the device of GPU arrays beside them.
+    the ids of arrays inside layers; `tag_devices` writes the device of GPU arrays beside them;
+    `spelling` are those of Core and Base that are written as parts of Main.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Lowerer:
         make_payload: Callable[[Any, str], Payload],
         column_major: set[int],
         tag_devices: bool,
+        spelling: frozenset[str] = frozenset(),
     ) -> None:
         self.make_payload, self.column_major = make_payload, column_major
-        self.tag_devices = tag_devices
+        self.tag_devices, self.spelling = tag_devices, spelling
         self.backrefs: list[Any] = []
         self.places: dict[int, tuple[Any, Any, Any]] = {}  # id -> container, key, the object
         self.encoded: dict[JuliaType, Encoded] = {}
@@ -120,10 +122,14 @@ class Lowerer:
         elif isinstance(value, np.generic) and not isinstance(value, (str, bytes)):
             container[key] = self.scalar(value, path)
         elif isinstance(value, (set, frozenset)):
-            self.members(container, key, value, path)
+            twins.lower_set(self, container, key, value, path)
+        elif type(value) is tuple:
+            self.tuple_of(container, key, value, path)
         elif isinstance(value, _BUILT_IN) and flux.field_names(type(value)) is None:
             base: Any = next(base for base in _BUILT_IN if isinstance(value, base))
             container[key] = _BY_TYPE[base](self, base(value), path)
+        elif isinstance(value, tuple) and flux.field_names(type(value)) is None:
+            self.tuple_of(container, key, tuple(value), path)
         else:
             self.instance(container, key, value, path)
 
@@ -185,44 +191,26 @@ class Lowerer:
         node = {"tag": "struct", "type": self.type(known[0]), "data": raw}
         return node if known[1] is None else node | {"dtype": known[1]}
 
-    def date(self, value: datetime.date, path: str) -> dict[str, Any]:
-        day = self.struct(_named("Dates.Day"), [self.int64(value.toordinal())])
-        instant = self.struct(_named("Dates.UTInstant", _named("Dates.Day")), [day])
-        return self.struct(_named("Dates.Date"), [instant])
-
-    def date_time(self, value: datetime.datetime, path: str) -> dict[str, Any]:
-        """Julia's DateTime holds milliseconds of no zone; the exact value stands beside it."""
-        since = value.replace(tzinfo=None, fold=0) - datetime.datetime(1970, 1, 1)
-        milliseconds = since // datetime.timedelta(milliseconds=1)
-        unit = _named("Dates.Millisecond")
-        day_zero = _UNIX_EPOCH_DAYS * 86_400_000
-        inner = self.struct(unit, [self.int64(milliseconds + day_zero)])
-        instant = self.struct(_named("Dates.UTInstant", unit), [inner])
-        node = self.struct(_named("Dates.DateTime"), [instant])
-        is_exact = value.tzinfo is None and value.microsecond % 1000 == 0 and not value.fold
-        return node if is_exact else node | {"python": value.isoformat() + " fold" * value.fold}
-
-    def tuple_of(self, value: tuple[Any, ...], path: str) -> dict[str, Any]:
-        parts: list[Any] = [None] * len(value)
-        self.fill(parts, value, [f"{path}[{i}]" for i in range(len(value))])
-        return {"tag": "tuple", "data": parts}
-
     # --- types ---
 
     def type(self, julia_type: JuliaType) -> Encoded:
         """Return a type that holds nothing opaque, encoded once."""
         encoded = self.encoded.get(julia_type)
         if encoded is None:
-            encoded = self.encoded[julia_type] = document.encode(type_document(julia_type))
+            encoded = document.encode(type_document(julia_type, self.spelling))
+            self.encoded[julia_type] = encoded
         return encoded
 
-    def julia_type(self, container: Any, key: Any, value: JuliaType, path: str) -> None:
-        if is_plain(value):
+    def julia_type(self, container: Any, key: Any, value: Any, path: str) -> None:
+        if not isinstance(value, JuliaType):
+            self.put(container, key, value, path)
+        elif is_plain(value):
             container[key] = self.type(value)
-            return
-        params: list[Any] = [None] * len(value.params)
-        container[key] = {"tag": "datatype", "name": list(value.path), "params": params}
-        self.fill(params, value.params, [path] * len(params))
+        else:
+            params: list[Any] = [None] * len(value.params)
+            name = names_of(value, self.spelling)
+            container[key] = {"tag": "datatype", "name": name, "params": params}
+            self.fill(params, value.params, [path] * len(params))
 
     # --- objects ---
 
@@ -236,44 +224,33 @@ class Lowerer:
         return fields
 
     def dictionary(self, container: Any, key: Any, value: dict[Any, Any], path: str) -> None:
-        paths = [f"{path}[{name!r}]" for name in value]
         if isinstance(value, NamedTuple):
-            self.named_tuple(container, key, value, paths)
-        elif all(type(name) is str for name in value) and is_document(value):
+            self.named_tuple(container, key, value, path)
+        elif isinstance(value, DataFrame):
+            twins.lower_data_frame(self, container, key, value, path)
+        elif not isinstance(value, JuliaDict) and twins.is_document(value):
             node = self.place(container, key, value, {})
-            for (name, child), where in zip(value.items(), paths, strict=True):
-                self.put(node, self.text(name, path), child, where)
+            for name, child in value.items():
+                self.put(node, self.text(name, path), child, f"{path}[{name!r}]")
         else:
-            julia_type = _named("Base.Dict", _ANY, _ANY)
-            fields = [[None] * len(value), [None] * len(value)]
-            self.place(container, key, value, self.struct(julia_type, fields))
-            self.fill(fields[0], value, [f"{path}, key {name!r}" for name in value])
-            self.fill(fields[1], value.values(), paths)
+            twins.lower_dict(self, container, key, value, path)
 
-    def named_tuple(
-        self, container: Any, key: Any, value: dict[str, Any], paths: list[str]
-    ) -> None:
+    def named_tuple(self, container: Any, key: Any, value: dict[str, Any], path: str) -> None:
         node = {"tag": "struct", "type": None, "data": [None] * len(value)}
         fields = self.open_struct(container, key, value, node)
-        self.julia_type(node, "type", named_tuple_type(value), "")
-        self.fill(fields, value.values(), paths)
+        self.julia_type(node, "type", named_tuple_type(value), path)
+        self.fill(fields, value.values(), [f"{path}[{name!r}]" for name in value])
 
-    def members(self, container: Any, key: Any, value: Any, path: str) -> None:
-        """Lower a set: Julia's holds a dictionary whose values are nothing."""
-        node = self.struct(_named("Base.Set", _ANY), [None])
-        if isinstance(value, frozenset):
-            node["python"] = "frozenset"
-        self.place(container, key, value, node)
-        keys: list[Any] = [None] * len(value)
-        nothing = _NOTHING
-        node["data"][0] = self.struct(_named("Base.Dict", _ANY, nothing), [keys, keys[:]])
-        self.fill(keys, value, [f"{path}, member {member!r}" for member in value])
+    def tuple_of(self, container: Any, key: Any, value: tuple[Any, ...], path: str) -> None:
+        parts: list[Any] = [None] * len(value)
+        self.place(container, key, value, {"tag": "tuple", "data": parts})
+        self.fill(parts, value, [f"{path}[{i}]" for i in range(len(value))])
 
     def kept(self, container: Any, key: Any, value: Struct | OpaqueFunction, path: str) -> None:
         content = value.data if isinstance(value, Struct) else value.captured
         node: dict[str, Any] = {"tag": "struct", "type": None, "data": content}
         names = value.fields if isinstance(value, Struct) else None
-        if names:
+        if names and names != flux.field_names_of(value.type, len(content)):
             node["fields"] = list(names)
         self.place(container, key, value, node)
         self.put(node, "type", value.type, path)
@@ -326,8 +303,12 @@ class Lowerer:
             raise self.refuse(path, value, _array_advice(numpy_dtype(value)))
         if hasattr(value, "mask") and isinstance(value, np.ndarray):
             raise self.refuse(path, value, "its mask would be lost; save .data and .mask")
+        twin = origin_of(value)
+        if twin is not None:
+            self.original(container, key, value, twin)
+            return
         flags = getattr(value, "flags", None)
-        is_column_major = len(value.shape) < 2 or bool(getattr(flags, "f_contiguous", False))
+        is_column_major = is_of_both_orders(value.shape) or getattr(flags, "f_contiguous", False)
         if is_column_major or id(value) in self.column_major:
             self.place(container, key, value, self.array_node(value, known, value.shape, "F"))
             return
@@ -339,6 +320,14 @@ class Lowerer:
             *whole.params, order, order, whole,
         )  # fmt: skip
         self.place(container, key, value, self.struct(permuted, [parent]))
+
+    def original(self, container: Any, key: Any, value: Any, twin: Any) -> None:
+        """Write an array as what it was in its file: a bare binary, or the bits of a BitArray."""
+        if isinstance(twin, Struct):
+            twins.lower_bit_array(self, container, key, value, twin)
+            return
+        payload = self.make_payload(value, "F")
+        self.place(container, key, value, dataclasses.replace(payload, is_bare=True))
 
     def array_node(
         self, value: Any, known: tuple[JuliaType, str | None], shape: Any, order: str
@@ -396,18 +385,9 @@ _BY_TYPE: dict[type, Callable[[Lowerer, Any, str], Any]] = {
     bytes: Lowerer.octets,
     bytearray: Lowerer.octets,
     complex: Lowerer.complex_number,
-    datetime.date: Lowerer.date,
-    datetime.datetime: Lowerer.date_time,
-    tuple: Lowerer.tuple_of,
+    **twins.LOWER,
 }
-
-
-_BUILT_IN = (str, int, float, complex, bytes, bytearray, tuple)  # subclasses are saved as these
-
-
-def is_document(value: dict[str, Any]) -> bool:
-    """Whether the keys can be those of a document, which Julia reads as Dict{Symbol}."""
-    return _AWKWARD_KEYS.isdisjoint(value) and not any("\0" in name for name in value)
+_BUILT_IN = (str, int, float, complex, bytes, bytearray)  # subclasses are saved as these
 
 
 def _array_advice(dtype: np.dtype[Any]) -> str:

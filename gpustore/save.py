@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,8 +12,10 @@ from gpustore.digest import hasher
 from gpustore.document import PAYLOAD_DIGEST, STRUCTURE_DIGEST, Payload, Plan, Slot
 from gpustore.errors import UnsupportedValueError
 from gpustore.julia import JuliaType
-from gpustore.lower import Lowerer, is_document
+from gpustore.lower import Lowerer
+from gpustore.twins import is_document
 from gpustore.typeof import numpy_dtype
+from gpustore.values import Entries
 from gpustore.version import __version__
 
 WRITER = f"gpustore {__version__}"
@@ -64,9 +67,9 @@ def _root(value: Any, named: dict[str, Any]) -> Any:
     """Return what the file holds: a dict of entries, or one other value."""
     if value is None and named:
         return named
-    is_entries = type(value) is dict and all(type(key) is str for key in value)
+    is_entries = type(value) in (dict, Entries) and all(type(key) is str for key in value)
     if not named:
-        return dict(value) if is_entries else value
+        return copy.copy(value) if is_entries else value
     if not is_entries:
         raise UnsupportedValueError(
             f"save: expected a dict with string keys beside named entries, found "
@@ -97,7 +100,7 @@ def plan_of(root: Any, *, tag_devices: bool) -> Plan:
     def make_payload(array: Any, order: str) -> Payload:
         return transfer.payload_of(array, numpy_dtype(array), order)
 
-    lowerer = Lowerer(make_payload, _arrays_in_layers(root), tag_devices)
+    lowerer = Lowerer(make_payload, _arrays_in_layers(root), tag_devices, _spelling(root))
     try:
         return document.plan(_lower_root(lowerer, root), writer=WRITER)
     except RecursionError:
@@ -116,8 +119,22 @@ def _arrays_in_layers(root: Any) -> set[int]:
     return ids
 
 
+def _spelling(root: Any) -> frozenset[str]:
+    """Return those of Core and Base that the file these values came from calls Main's."""
+    if isinstance(root, Entries):
+        return root.spelling
+    for _, node in tree.walk(root):
+        own = getattr(node, "julia_type", None) or getattr(node, "type", None)
+        if isinstance(own, JuliaType):
+            paths = [own.path, *(p.path for p in own.params if isinstance(p, JuliaType))]
+            main = {path[1] for path in paths if len(path) > 2 and path[0] == "Main"}
+            if main & {"Core", "Base"}:
+                return frozenset({"Core", "Base"} if "Core" in main else {"Base"})
+    return frozenset()
+
+
 def _lower_root(lowerer: Lowerer, root: Any) -> dict[str, Any]:
-    if type(root) is dict and all(type(key) is str for key in root) and is_document(root):
+    if type(root) in (dict, Entries) and is_document(root):
         node: Any = {}
         for key, child in root.items():
             lowerer.put(node, lowerer.text(key, "an entry's name"), child, key)
@@ -143,11 +160,12 @@ def write_plan(
         for index, payload in enumerate(plan.payloads):
             whole.update(plan.structures[index])
             out.write(plan.structures[index])
-            payload_hasher = hasher(payload.nbytes)
+            payload_hasher = whole if payload.is_bare else hasher(payload.nbytes)
             for chunk in payload.chunks():
                 payload_hasher.update(chunk)
                 out.write(chunk)
-            plan.structures[index + 1][PAYLOAD_DIGEST] = payload_hasher.digest()
+            if not payload.is_bare:
+                plan.structures[index + 1][PAYLOAD_DIGEST] = payload_hasher.digest()
         last = plan.structures[-1]
         whole.update(last[: STRUCTURE_DIGEST.start])
         whole.update(last[STRUCTURE_DIGEST.stop :])

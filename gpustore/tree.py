@@ -124,7 +124,8 @@ def walk(root: Any, path: str | None = "") -> Iterator[tuple[str, Any]]:
 
 def walk_entries(root: Any) -> Iterator[tuple[str, Any]]:
     """Walk what a file holds: paths begin with the entry's name, or `value` where it has none."""
-    if type(root) is dict and all(isinstance(key, str) for key in root):
+    is_plain = type(root) is dict or hasattr(root, "spelling")  # the Entries of a file
+    if is_plain and all(isinstance(key, str) for key in root):
         return walk(root, None)
     return walk(root, "value")
 

@@ -5,13 +5,15 @@ Flux's structs need their full type parameters in the file, so types are worked 
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import numpy as np
 
-from gpustore import devices, flux
+from gpustore import devices, flux, twins
 from gpustore.document import int64
 from gpustore.julia import (
+    JuliaArray,
     JuliaType,
     LostArray,
     NamedTuple,
@@ -22,18 +24,41 @@ from gpustore.julia import (
     extension_dtype,
 )
 from gpustore.tree import TrackedArray
+from gpustore.values import (
+    Char,
+    DataFrame,
+    Entries,
+    Int128,
+    JuliaDict,
+    JuliaSet,
+    UInt128,
+    missing,
+    origin_of,
+    range_parts,
+)
 
 _named = JuliaType.named
 _ANY = _named("Core.Any")
-_SCALAR_TYPES: dict[type, JuliaType] = {
+_SYMBOL_DICT = _named("Base.Dict", _named("Core.Symbol"), _ANY)
+_TYPES: dict[type, JuliaType] = {
     type(None): _named("Core.Nothing"),
     bool: _named("Core.Bool"),
-    int: _named("Core.Int64"),
     float: _named("Core.Float64"),
+    complex: _named("Base.Complex", _named("Core.Float64")),
     str: _named("Core.String"),
+    bytes: _named("Core.Array", _named("Core.UInt8"), 1),
+    bytearray: _named("Core.Array", _named("Core.UInt8"), 1),
     Symbol: _named("Core.Symbol"),
     list: _named("Core.Array", _ANY, 1),
-    dict: _named("Base.Dict", _named("Core.Symbol"), _ANY),
+    set: twins.SET,
+    frozenset: twins.SET,
+    datetime.date: _named("Dates.Date"),
+    datetime.datetime: _named("Dates.DateTime"),
+    Char: _named("Core.Char"),
+    Int128: _named("Core.Int128"),
+    UInt128: _named("Core.UInt128"),
+    type(missing): _named("Base.Missing"),
+    JuliaType: _named("Core.DataType"),
 }
 
 
@@ -43,21 +68,42 @@ def type_of(value: Any) -> Any:
     >>> type_of(np.zeros((2, 3), np.float32))
     Core.Array{Core.Float32, 2}
     """
-    known = _SCALAR_TYPES.get(type(value))
+    known = _TYPES.get(type(value))
     if known is not None:
         return known
     if devices.is_array(value):
         return array_type(value)
+    if isinstance(value, (int, np.generic, range)) and not isinstance(value, (str, bytes)):
+        return _number_type(value)
     if isinstance(value, NamedTuple):
         return named_tuple_type(value)
+    if type(value) in (dict, Entries):
+        return _SYMBOL_DICT if twins.is_document(value) else twins.DICT
     if type(value) is tuple:
         return _named("Core.Tuple", *map(type_of, value))
+    if isinstance(value, (JuliaDict, JuliaSet)):
+        return value.julia_type
+    if isinstance(value, DataFrame):
+        return value.struct.type
     if isinstance(value, (Struct, OpaqueFunction, LostArray)):
         return value.type
+    if isinstance(value, JuliaArray):
+        return _named("Core.Array", value.element_type, len(value.shape))
     if isinstance(value, TrackedArray):
         return _tracked_type(value)
     function = flux.function_name(value)
     return _instance_type(value) if function is None else _named(function)
+
+
+def _number_type(value: Any) -> JuliaType:
+    if isinstance(value, range):
+        return range_parts(value)[0]
+    if isinstance(value, np.generic):
+        known = element_type_of(value.dtype)
+        return known[0] if known else _ANY
+    if -(2**63) <= value < 2**63:
+        return _named("Core.Int64")
+    return _named("Core.Int128" if value < 2**127 else "Core.UInt128")
 
 
 def _tracked_type(value: TrackedArray) -> Any:
@@ -70,23 +116,56 @@ def _tracked_type(value: TrackedArray) -> Any:
 
 
 def _instance_type(value: Any) -> Any:
-    own = getattr(value, "julia_type", None)
+    """Return the type of an object: that of its file, with the parameters of its fields today."""
+    own, kind = getattr(value, "julia_type", None), flux.kind_of(value)
+    if kind is None:
+        return _named(f"Main.{type(value).__name__}") if own is None else own
+    if isinstance(own, JuliaType) and len(own.params) == len(kind.params):
+        params = (
+            _param(name, value) if callable(name) else retyped(old, field_of(value, name))
+            for old, name in zip(own.params, kind.params, strict=True)
+        )
+        return JuliaType(own.path, tuple(params))
     if own is not None:
         return own
-    kind = flux.kind_of(value)
-    if kind is None:
-        return _named(f"Main.{type(value).__name__}")
-    return _named(kind.name, *(type_of(field_of(value, name)) for name in kind.params))
+    return _named(kind.name, *(_param(name, value) for name in kind.params))
+
+
+def _param(name: Any, value: Any) -> Any:
+    return name(value) if callable(name) else type_of(field_of(value, name))
+
+
+def retyped(recorded: Any, value: Any) -> Any:
+    """Return the type recorded for a value, brought up to date where the value says another.
+
+    A list does not tell its element type, so for it, and for whatever else keeps no type of its
+    own, the record stands.
+    """
+    if not isinstance(recorded, JuliaType):
+        return type_of(value) if recorded is None else recorded
+    if type(value) is tuple and recorded.name == "Core.Tuple":
+        if len(recorded.params) == len(value):
+            return JuliaType(recorded.path, tuple(map(retyped, recorded.params, value)))
+    elif type(value) is list:
+        return recorded
+    now = type_of(value)
+    return recorded if recorded.is_same(now) else now
 
 
 def named_tuple_type(value: dict[str, Any]) -> JuliaType:
     """Return the type of a NamedTuple: names and types are its parameters."""
     names = tuple(Symbol(name) for name in value)
+    own = getattr(value, "julia_type", None)
+    if own is not None and len(own.params) == 2 and own.params[0] == names:
+        return JuliaType(own.path, (own.params[0], retyped(own.params[1], tuple(value.values()))))
     return _named("Core.NamedTuple", names, _named("Core.Tuple", *map(type_of, value.values())))
 
 
-def array_type(array: Any) -> JuliaType:
+def array_type(array: Any) -> Any:
     """Return the type of an array on any device."""
+    twin = origin_of(array)
+    if isinstance(twin, Struct):
+        return twin.type
     known = element_type_of(numpy_dtype(array))
     return _named("Core.Array", known[0] if known else _ANY, len(array.shape))
 
@@ -115,16 +194,48 @@ def is_plain(value: Any) -> bool:
         return all(map(is_plain, value.params))
     if type(value) is tuple:
         return all(map(is_plain, value))
-    return type(value) in (int, bool, float, str, Symbol, type(None))
+    return type(value) in (int, bool, float, str, Symbol, type(None), np.int32)
 
 
-def type_document(value: Any) -> Any:
-    """Return the document of a plain type, or of a parameter of one."""
+def type_document(value: Any, spelling: frozenset[str] = frozenset()) -> Any:
+    """Return the document of a plain type, or of a parameter of one.
+
+    `spelling` are those of Core and Base that are written as parts of Main.
+    """
     if isinstance(value, JuliaType):
-        params = list(map(type_document, value.params))
-        return {"tag": "datatype", "name": list(value.path), "params": params}
+        params = [type_document(param, spelling) for param in value.params]
+        return {
+            "tag": "datatype",
+            "name": names_of(value, spelling),
+            "params": params_document(params, spelling),
+        }
     if isinstance(value, tuple):
-        return {"tag": "tuple", "data": list(map(type_document, value))}
+        return {"tag": "tuple", "data": [type_document(part, spelling) for part in value]}
     if isinstance(value, Symbol):
         return {"tag": "symbol", "name": str(value)}
+    if type(value) is np.int32:
+        return int(value)
     return int64()(value) if type(value) is int else value
+
+
+def names_of(value: JuliaType, spelling: frozenset[str]) -> list[str]:
+    main = ["Main"] if value.path[:1] and value.path[0] in spelling else []
+    return main + list(value.path)
+
+
+def params_document(params: list[Any], spelling: frozenset[str]) -> Any:
+    """Return type parameters as BSON.jl writes them: an array where all are of one bits type."""
+    kinds = {type(param) for param in params}
+    if len(kinds) != 1 or not kinds <= {bool, int, float, int64()}:
+        return params
+    kind = kinds.pop()
+    name, code = _PACKED.get(kind, ("Core.Int64", "<i8"))
+    return {
+        "tag": "array",
+        "type": type_document(_named(name), spelling),
+        "size": [int64()(len(params))],
+        "data": np.array(params, code).tobytes(),
+    }
+
+
+_PACKED = {bool: ("Core.Bool", "?"), int: ("Core.Int32", "<i4"), float: ("Core.Float64", "<f8")}

@@ -24,6 +24,8 @@ ORDER = [
     "layers",
     "julia",
     "flux",
+    "values",
+    "twins",
     "lift",
     "typeof",
     "lower",
