@@ -37,12 +37,15 @@ from gpustore.tree import (
     state,
     testmode,
 )
+from gpustore.values import Char, DataFrame, JuliaDict, JuliaSet, Range, missing
 from gpustore.version import __version__
 
 __all__ = [
     "CUDAStatus",
     "CUDAUnavailableError",
     "Chain",
+    "Char",
+    "DataFrame",
     "Dense",
     "DeviceDataLostError",
     "EntryNotFoundError",
@@ -50,6 +53,8 @@ __all__ = [
     "FutureVersionError",
     "GpustoreError",
     "IntegrityError",
+    "JuliaDict",
+    "JuliaSet",
     "JuliaType",
     "LostArray",
     "MismatchError",
@@ -58,6 +63,7 @@ __all__ = [
     "OpaqueCodeError",
     "OpaqueFunction",
     "Params",
+    "Range",
     "StoredFile",
     "Struct",
     "Symbol",
@@ -74,6 +80,7 @@ __all__ = [
     "load",
     "loadmodel",
     "loadparams",
+    "missing",
     "model_type",
     "open_file",
     "param",

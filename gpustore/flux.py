@@ -162,6 +162,7 @@ _OPTIMISERS = {  # Flux.Optimise, and the rules of Optimisers.jl, by number of f
 FIELD_NAMES: dict[tuple[str, int], tuple[str, ...]] = {
     ("Base.UnitRange", 2): ("start", "stop"),
     ("Base.OneTo", 1): ("stop",),
+    ("Base.Slice", 1): ("indices",),
     ("Base.StepRange", 3): ("start", "step", "stop"),
     ("Base.StepRangeLen", 4): ("ref", "step", "len", "offset"),
     ("Base.LinRange", 4): ("start", "stop", "len", "lendiv"),

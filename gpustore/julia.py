@@ -15,7 +15,7 @@ import numpy as np
 from gpustore.document import Slot
 from gpustore.errors import FormatError, OpaqueCodeError
 
-_LEAF = {"leaf": True}  # tree.py does not look inside fields that are marked so
+LEAF = {"leaf": True}  # tree.py does not look inside fields that are marked so
 
 
 class Symbol(str):
@@ -136,8 +136,8 @@ class Source:
 class OpaqueDocument:
     """A tagged document that is kept as it came: types with free variables, modules, code."""
 
-    document: dict[str, Any] = field(metadata=_LEAF)
-    source: Source = field(metadata=_LEAF)
+    document: dict[str, Any] = field(metadata=LEAF)
+    source: Source = field(metadata=LEAF)
 
     def __repr__(self) -> str:
         return f"OpaqueDocument({self.document.get('tag')!r})"
@@ -151,9 +151,9 @@ class Struct:
     the value of that field, and `struct.data[0]` always the first one.
     """
 
-    type: JuliaType | OpaqueDocument = field(metadata=_LEAF)
+    type: JuliaType | OpaqueDocument = field(metadata=LEAF)
     data: list[Any] | bytes
-    fields: tuple[str, ...] | None = field(default=None, metadata=_LEAF)
+    fields: tuple[str, ...] | None = field(default=None, metadata=LEAF)
 
     def __getattr__(self, name: str) -> Any:
         fields = object.__getattribute__(self, "fields")
@@ -168,24 +168,15 @@ class Struct:
 
 
 @dataclass(slots=True, eq=False)
-class JuliaArray:
-    """An array of elements that NumPy has no dtype for: raw column-major memory, or a list."""
-
-    element_type: Any = field(metadata=_LEAF)
-    shape: tuple[int, ...] = field(metadata=_LEAF)
-    data: list[Any] | bytes
-
-
-@dataclass(slots=True, eq=False)
 class OpaqueFunction:
     """A Julia function that has no Python twin, whole: named, or anonymous with its code.
 
     `captured` are the values a closure holds. Calling it raises OpaqueCodeError.
     """
 
-    type: JuliaType | OpaqueDocument = field(metadata=_LEAF)
+    type: JuliaType | OpaqueDocument = field(metadata=LEAF)
     captured: list[Any]
-    __name__: str = field(default="", metadata=_LEAF)
+    __name__: str = field(default="", metadata=LEAF)
 
     def __post_init__(self) -> None:
         if isinstance(self.type, JuliaType):
@@ -219,9 +210,9 @@ class LostArray:
     `struct` is what the file holds in its place: a device pointer of a process long gone.
     """
 
-    type: JuliaType = field(metadata=_LEAF)
-    shape: tuple[int, ...] = field(metadata=_LEAF)
-    struct: Struct = field(metadata=_LEAF)
+    type: JuliaType = field(metadata=LEAF)
+    shape: tuple[int, ...] = field(metadata=LEAF)
+    struct: Struct = field(metadata=LEAF)
 
     @property
     def element_type(self) -> str:

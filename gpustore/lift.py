@@ -21,7 +21,6 @@ from gpustore.document import Slot
 from gpustore.errors import FormatError
 from gpustore.julia import (
     ArraySpec,
-    JuliaArray,
     JuliaType,
     LostArray,
     OpaqueDocument,
@@ -33,7 +32,7 @@ from gpustore.julia import (
     extension_dtype,
     is_of_both_orders,
 )
-from gpustore.values import BARE, Entries, with_origin
+from gpustore.values import BARE, Entries, JuliaArray, with_origin
 
 MAX_RANK = 32
 RESERVED = ("_backrefs", "_gpustore")

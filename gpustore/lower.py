@@ -15,7 +15,6 @@ from gpustore import devices, document, flux, twins
 from gpustore.document import Encoded, Payload, Slot
 from gpustore.errors import UnsupportedValueError
 from gpustore.julia import (
-    JuliaArray,
     JuliaType,
     LostArray,
     NamedTuple,
@@ -37,7 +36,7 @@ from gpustore.typeof import (
     type_document,
     type_of,
 )
-from gpustore.values import DataFrame, JuliaDict, origin_of
+from gpustore.values import DataFrame, JuliaArray, JuliaDict, origin_of
 
 _named = JuliaType.named
 _FLOAT64 = _named("Core.Float64")

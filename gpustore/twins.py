@@ -324,12 +324,16 @@ def lift_range(lifter: Any, node: Any, julia_type: Any, content: Any, path: str)
     plain = range_of(julia_type, fields)
     if plain is not None:
         return plain
+    if node.get("python") == "range":
+        return range(0)
     if names is None or not all(map(_is_number, fields)):
         return NotImplemented
     return Range(julia_type, fields, names)
 
 
 def _is_number(part: Any) -> bool:
+    if isinstance(part, (range, Range)):  # the indices of a Slice
+        return True
     if isinstance(part, Struct):  # TwicePrecision(hi, lo)
         return len(part.data) == 2 and all(type(half) is float for half in part.data)
     return isinstance(part, (int, float, np.number)) and not isinstance(part, bool)
@@ -337,7 +341,8 @@ def _is_number(part: Any) -> bool:
 
 def lower_range(lowerer: Any, value: range, path: str) -> Any:
     julia_type, fields = range_parts(value)
-    return lowerer.struct(julia_type, [lowerer.integer(field, path) for field in fields])
+    node = lowerer.struct(julia_type, [lowerer.integer(field, path) for field in fields])
+    return node if value else node | {"python": "range"}
 
 
 def lift_bit_array(lifter: Any, node: Any, julia_type: Any, content: Any, path: str) -> Any:

@@ -13,7 +13,6 @@ import numpy as np
 from gpustore import devices, flux, twins
 from gpustore.document import int64
 from gpustore.julia import (
-    JuliaArray,
     JuliaType,
     LostArray,
     NamedTuple,
@@ -29,6 +28,7 @@ from gpustore.values import (
     DataFrame,
     Entries,
     Int128,
+    JuliaArray,
     JuliaDict,
     JuliaSet,
     UInt128,

@@ -6,12 +6,15 @@ a sequence. Where the plain Python value says it all (a `range`, an `int`), that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import datetime
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from gpustore.julia import JuliaType, Struct
+from gpustore.julia import LEAF, JuliaType, NamedTuple, Struct, dtype_of
 
 _INT64 = JuliaType.named("Core.Int64")
 
@@ -152,7 +155,8 @@ def _linear_range(span: Any) -> Any:
     return ((1 - t) * start + t * stop).astype(np.result_type(start))
 
 
-_ELEMENTS = {
+_ELEMENTS: dict[str, Callable[[Any], Any]] = {
+    "Base.Slice": lambda span: np.asarray(span.data[0]),
     "Base.UnitRange": _steps,
     "Base.OneTo": _steps,
     "Base.StepRange": _steps,
@@ -173,7 +177,10 @@ def range_parts(span: range) -> tuple[JuliaType, list[int]]:
 
 
 def range_of(julia_type: JuliaType, fields: list[Any]) -> range | None:
-    """Return the Python range that is written as this type and fields, or None."""
+    """Return the Python range that is written as this type and fields, or None.
+
+    Python's empty ranges do not tell NumPy that they are of integers.
+    """
     if not all(type(field) is int for field in fields) or not fields:
         return None
     step = fields[1] if len(fields) == 3 else 1
@@ -181,7 +188,115 @@ def range_of(julia_type: JuliaType, fields: list[Any]) -> range | None:
         return None
     made = range(fields[0], fields[-1] + (1 if step > 0 else -1), step)
     known = range_parts(made)
-    return made if known[0].is_same(julia_type) and known[1] == fields else None
+    return made if made and known[0].is_same(julia_type) and known[1] == fields else None
+
+
+# --- arrays of what NumPy has no dtype for ------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class JuliaArray:
+    """An array of elements that NumPy has no dtype for: raw column-major memory, or a list.
+
+    It is indexed as an array of Python values, and `numpy.asarray` gives that array of objects;
+    elements whose layout is not known are Structs of their bytes.
+    """
+
+    element_type: Any = field(metadata=LEAF)
+    shape: tuple[int, ...] = field(metadata=LEAF)
+    data: list[Any] | bytes
+
+    def elements(self) -> list[Any]:
+        """Return all elements in column-major order."""
+        if isinstance(self.data, list):
+            return self.data
+        count = math.prod(self.shape)
+        layout = _layout(self.element_type)
+        if layout is not None and layout[0].itemsize * count == len(self.data):
+            dtype, decode = layout
+            empty = [()] * count if dtype.itemsize == 0 else None
+            return list(map(decode, empty or np.frombuffer(self.data, dtype).tolist()))
+        size = len(self.data) // max(count, 1)
+        return [
+            Struct(self.element_type, self.data[i * size : (i + 1) * size]) for i in range(count)
+        ]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        made = np.empty(math.prod(self.shape), object)
+        for index, element in enumerate(self.elements()):
+            made[index] = element
+        return made.reshape(self.shape, order="F").astype(dtype or object)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__array__()[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.__array__())
+
+
+_Layout = tuple[np.dtype[Any], Callable[[Any], Any]]
+
+
+def _layout(element_type: Any) -> _Layout | None:
+    """Return the dtype of a bits type's memory, and what makes the value of its item; or None."""
+    dtype = dtype_of(element_type)
+    if dtype is not None:
+        keep = dtype.char in "?ldD"
+        return dtype, (lambda item: item) if keep else dtype.type
+    name = getattr(element_type, "name", None)
+    if name == "Core.Tuple":
+        return _tuple_layout(element_type.params, tuple)
+    if name == "Core.NamedTuple" and len(element_type.params) == 2:
+        names, types = element_type.params
+        if getattr(types, "name", None) != "Core.Tuple":
+            return None
+        return _tuple_layout(
+            types.params, lambda v: NamedTuple(zip(map(str, names), v, strict=True))
+        )
+    return _LAYOUTS.get(name) if not getattr(element_type, "params", ()) else None
+
+
+def _tuple_layout(types: tuple[Any, ...], make: Callable[[Any], Any]) -> _Layout | None:
+    """Return the layout of fields that lie as in a C struct."""
+    parts = [_layout(part) for part in types]
+    known = [part for part in parts if part is not None]
+    if len(known) != len(parts):
+        return None
+    dtype = np.dtype([(f"f{i}", part[0]) for i, part in enumerate(known)], align=True)
+    return dtype, lambda item: make(
+        [part[1](field) for part, field in zip(known, item, strict=True)]
+    )
+
+
+def _char(item: int) -> Any:
+    raw = item.to_bytes(4, "little")
+    return Char.from_raw(raw) or Struct(JuliaType.named("Core.Char"), raw)
+
+
+def _date(item: int) -> Any:
+    if 1 <= item <= datetime.date.max.toordinal():
+        return datetime.date.fromordinal(item)
+    return Struct(JuliaType.named("Dates.Date"), item.to_bytes(8, "little", signed=True))
+
+
+_WIDE = np.dtype([("low", "<u8"), ("high", "<u8")])
+_LAYOUTS: dict[Any, _Layout] = {
+    "Core.Nothing": (np.dtype([]), lambda item: None),
+    "Base.Missing": (np.dtype([]), lambda item: missing),
+    "Core.Char": (np.dtype("<u4"), _char),
+    "Dates.Date": (np.dtype("<i8"), _date),
+    "Core.UInt128": (_WIDE, lambda item: UInt128(item[0] | item[1] << 64)),
+    "Core.Int128": (
+        _WIDE,
+        lambda item: Int128((item[0] | item[1] << 64) - (item[1] >> 63 << 128)),
+    ),
+}
+
+
+# --- arrays that remember what they were -------------------------------------------------------
 
 
 class Origin:
