@@ -2,6 +2,18 @@
 
 from gpustore.activations import *  # noqa: F403
 from gpustore.activations import __all__ as _activations
+from gpustore.attention import MultiHeadAttention, dot_product_attention
+from gpustore.composition import (
+    Bilinear,
+    Embedding,
+    EmbeddingBag,
+    Maxout,
+    PairwiseFusion,
+    Parallel,
+    Scale,
+    SkipConnection,
+)
+from gpustore.convolution import Conv, ConvTranspose, CrossCor, DepthwiseConv, SamePad
 from gpustore.devices import CUDAStatus, cuda_status
 from gpustore.errors import (
     CUDAUnavailableError,
@@ -18,9 +30,29 @@ from gpustore.errors import (
     UnsupportedValueError,
 )
 from gpustore.flux import model_type
+from gpustore.functions import flatten, hcat, normalise, vcat
 from gpustore.julia import JuliaType, LostArray, NamedTuple, OpaqueFunction, Struct, Symbol
 from gpustore.layers import Chain, Dense, glorot_normal, glorot_uniform
 from gpustore.load import StoredFile, load, open_file
+from gpustore.normalisation import (
+    AlphaDropout,
+    BatchNorm,
+    Dropout,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+)
+from gpustore.pooling import (
+    AdaptiveMaxPool,
+    AdaptiveMeanPool,
+    GlobalMaxPool,
+    GlobalMeanPool,
+    MaxPool,
+    MeanPool,
+    PixelShuffle,
+    Upsample,
+)
+from gpustore.recurrent import GRU, LSTM, RNN, GRUCell, GRUv3, GRUv3Cell, LSTMCell, Recur, RNNCell
 from gpustore.save import save
 from gpustore.tree import (
     Params,
@@ -41,6 +73,48 @@ from gpustore.values import Char, DataFrame, JuliaDict, JuliaSet, Range, missing
 from gpustore.version import __version__
 
 __all__ = [
+    "AdaptiveMaxPool",
+    "AdaptiveMeanPool",
+    "AlphaDropout",
+    "BatchNorm",
+    "Bilinear",
+    "Conv",
+    "ConvTranspose",
+    "CrossCor",
+    "DepthwiseConv",
+    "Dropout",
+    "Embedding",
+    "EmbeddingBag",
+    "GRU",
+    "GRUCell",
+    "GRUv3",
+    "GRUv3Cell",
+    "GlobalMaxPool",
+    "GlobalMeanPool",
+    "GroupNorm",
+    "InstanceNorm",
+    "LSTM",
+    "LSTMCell",
+    "LayerNorm",
+    "MaxPool",
+    "Maxout",
+    "MeanPool",
+    "MultiHeadAttention",
+    "PairwiseFusion",
+    "Parallel",
+    "PixelShuffle",
+    "RNN",
+    "RNNCell",
+    "Recur",
+    "SamePad",
+    "Scale",
+    "SkipConnection",
+    "Upsample",
+    "dot_product_attention",
+    "flatten",
+    "hcat",
+    "normalise",
+    "vcat",
     "CUDAStatus",
     "CUDAUnavailableError",
     "Chain",

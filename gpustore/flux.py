@@ -1,88 +1,157 @@
-"""One table: (Julia type name, number of fields) -> Python class and field names; and its inverse.
+"""(Julia type name, number of fields) -> Python class and field names, and the inverse.
 
-Files hold a struct's fields by position, without names or version; the number of fields tells the
-Flux era. Users' own classes join the table through `model_type`.
+The rows are those of `eras.py`; users' own classes join them through `model_type`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from gpustore import activations, layers, tree
+import numpy as np
+
+from gpustore import (
+    activations,
+    functions,
+    tree,
+)
+from gpustore.eras import TABLE, StructKind
 from gpustore.errors import UnsupportedValueError
 
 _Class = TypeVar("_Class", bound=type)
 
 
-@dataclass(frozen=True, slots=True)
-class StructKind:
-    """How a class is written: Julia `name`, `fields` in file order, type parameters.
-
-    `params` are names of fields whose types parametrise the Julia type, in order. `is_layer`:
-    arrays directly in it are written column-major, as Flux's own constructors hold them.
-    """
-
-    cls: type
-    name: str
-    fields: tuple[str, ...]
-    params: tuple[str, ...] = ()
-    is_layer: bool = False
-    kinds: tuple[tuple[str, tuple[type, ...]], ...] = ()  # fields that must be of these types
-
-    def accepts(self, field: str, value: Any) -> bool:
-        """Whether a file may hold `value` in this field."""
-        return all(isinstance(value, types) for name, types in self.kinds if name == field)
+_OLDEST_FLUX = "0.9"  # that can be asked for
 
 
-_TRACKED = ("tracker", "data", "grad")
-TABLE = (
-    StructKind(
-        layers.Chain,
-        "Flux.Chain",
-        ("layers",),
-        ("layers",),
-        True,
-        (("layers", (tuple, list, dict)),),
-    ),
-    StructKind(
-        layers.Dense, "Flux.Dense", ("weight", "bias", "σ"), ("σ", "weight", "bias"), is_layer=True
-    ),
-    StructKind(tree.TrackedArray, "Tracker.TrackedArray", _TRACKED, is_layer=True),
-    StructKind(tree.TrackedArray, "Flux.Tracker.TrackedArray", _TRACKED, is_layer=True),
-    StructKind(tree.Params, "Zygote.Params", ("order", "params")),
-    StructKind(tree.Params, "Tracker.Params", ("order", "params")),
-    StructKind(tree.Params, "Flux.Tracker.Params", ("order", "params")),
-)  # the first row of a class is the one it is written by
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")))
 
-_KINDS: dict[tuple[str, int], StructKind] = {(kind.name, len(kind.fields)): kind for kind in TABLE}
-_KINDS_OF: dict[type, StructKind] = {kind.cls: kind for kind in reversed(TABLE)}
+
+_KINDS: dict[tuple[str, int], list[StructKind]] = {}
+_ROWS: dict[type, list[StructKind]] = {}
+for _kind in sorted(TABLE, key=lambda kind: _version(kind.since)):
+    _KINDS.setdefault((_kind.name, len(_kind.fields)), []).append(_kind)
+    _ROWS.setdefault(_kind.cls, []).append(_kind)
+for _cls in (tree.TrackedArray, tree.Params):
+    _ROWS[_cls].reverse()
+NAMES = {kind.name for kind in TABLE}  # of structs that have a class here
+_OF_FLUX = frozenset(NAMES)
 
 _BASE_FUNCTIONS = ("identity", "tanh", "exp", "log", "sqrt", "sin", "cos", "abs", "abs2", "sign")
+_JOINING = {
+    "Base.#+": functions.plus, "Base.#-": functions.minus, "Base.#*": functions.times,
+    "Base.#vcat": functions.vcat, "Base.#hcat": functions.hcat, "Base.#max": functions.maximum_of,
+    "Base.#min": functions.minimum_of, "Base.#maximum": functions.maximum,
+    "Base.#minimum": functions.minimum, "Base.#sum": functions.total,
+    "Statistics.#mean": functions.mean, "Flux.#flatten": functions.flatten,
+    "Flux.#normalise": functions.normalise,
+}  # fmt: skip
+
+
+def _moved(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of its own for a name that the same function has in another package."""
+
+    def moved(*args: Any, **options: Any) -> Any:
+        return function(*args, **options)
+
+    moved.__name__, moved.__doc__ = function.__name__, function.__doc__
+    return moved
 
 
 def _function_table() -> dict[str, Callable[..., Any]]:
     nnlib = [name for name in activations.__all__ if name not in _BASE_FUNCTIONS]
     table = {f"NNlib.#{name}": getattr(activations, name) for name in nnlib}
-    return table | {f"Base.#{name}": getattr(activations, name) for name in _BASE_FUNCTIONS}
+    table |= {f"Base.#{name}": getattr(activations, name) for name in _BASE_FUNCTIONS}
+    return table | _JOINING | {"MLUtils.#flatten": _moved(functions.flatten)}
 
 
 FUNCTIONS = _function_table()  # by the names of their Julia types
-_FUNCTION_NAMES = {
-    function: name for name, function in FUNCTIONS.items() if name.endswith("#" + function.__name__)
-}
+_FUNCTION_NAMES: dict[Any, str] = {
+    np.add: "Base.#+", operator.add: "Base.#+", np.multiply: "Base.#*", np.subtract: "Base.#-",
+    np.maximum: "Base.#max", np.minimum: "Base.#min",
+}  # fmt: skip
+for _name, _function in FUNCTIONS.items():
+    if _name.endswith("#" + _function.__name__) or _function not in _FUNCTION_NAMES:
+        _FUNCTION_NAMES[_function] = _name
 
 
-def kind_named(name: str, nfields: int) -> StructKind | None:
-    """Return the table's row for a Julia struct of this dotted name and number of fields."""
-    return _KINDS.get((name, nfields))
+def kind_named(name: str, nfields: int, nparams: int | None = None) -> StructKind | None:
+    """Return the table's row for a Julia struct of this dotted name and number of fields.
+
+    Of several, the newest with that number of type parameters.
+    """
+    rows = _KINDS.get((name, nfields))
+    if rows is None:
+        return None
+    return next((row for row in reversed(rows) if len(row.params) == nparams), rows[-1])
+
+
+def is_of_flux(name: str) -> bool:
+    """Whether a Julia struct of this name is in the table, not one that a user registered."""
+    return name in _OF_FLUX
+
+
+def layouts(name: str) -> list[int]:
+    """Return the numbers of fields that a struct of the table has had."""
+    return sorted({n for known, n in _KINDS if known == name})
 
 
 def kind_of(value: Any) -> StructKind | None:
-    """Return the row by which this object is written, or None."""
-    return _KINDS_OF.get(type(value))
+    """Return the row by which this object is written, or None.
+
+    That of the file it came from, or the newest of its class.
+    """
+    rows = _ROWS.get(type(value))
+    if rows is None:
+        return None
+    return getattr(value, "julia_kind", None) or rows[-1]
+
+
+def in_layout(root: Any, version: str) -> Any:
+    """Return a copy of `root` whose layers are written in the layout of a Flux version.
+
+    Raises UnsupportedValueError where a layer says what that version has no field for.
+    """
+    asked = _version(version) if all(p.isdecimal() for p in version.split(".")) else ()
+    if asked < _version(_OLDEST_FLUX):
+        raise UnsupportedValueError(
+            f"flux: expected a version from {_OLDEST_FLUX} on such as '0.14', found {version!r}"
+        )
+    copied = tree.rebuild(root, lambda node: node)
+    for path, node in tree.walk_entries(copied):
+        rows = _ROWS.get(type(node))
+        if rows is None or not rows[0].is_layer or isinstance(node, tree.TrackedArray):
+            continue
+        fitting = [row for row in rows if _version(row.since) <= asked]
+        if not fitting:
+            raise UnsupportedValueError(
+                f"{path}: Flux {version} has no {rows[0].name}; it came with {rows[0].since}"
+            )
+        _refuse_loss(path, node, fitting[-1], version)
+        node.__dict__.pop("julia_type", None)
+        node.julia_kind = fitting[-1]
+    return copied
+
+
+def _refuse_loss(path: str, layer: Any, kind: StructKind, version: str) -> None:
+    held = {*kind.fields, *(name for name, _ in kind.from_type), *_UNHELD}
+    for field in dataclasses.fields(layer):
+        if field.name in held or field.default is dataclasses.MISSING:
+            continue
+        value, default = getattr(layer, field.name), getattr(type(layer), field.name)
+        if value is not default and set(value if isinstance(value, tuple) else [value]) != {
+            default
+        }:
+            raise UnsupportedValueError(
+                f"{path}.{field.name}: Flux {version} has no field for {value!r}; ask for a newer "
+                "one"
+            )
+
+
+_UNHELD = ("rng", "active", "affine", "track_stats", "chs", "ε", "size")  # said otherwise too
 
 
 def function_named(name: str) -> Callable[..., Any] | None:
@@ -123,13 +192,15 @@ def _register(cls: _Class, name: str) -> _Class:
             "@dataclasses.dataclass first"
         )
     name = name if "." in name else f"Main.{name}"
-    taken = [kind for kind in _KINDS.values() if kind.name == name]
+    taken = [kind for rows in _KINDS.values() for kind in rows if kind.name == name]
     if taken and taken[0].cls.__qualname__ != cls.__qualname__:
         raise UnsupportedValueError(
             f"model_type: {name} already stands for {taken[0].cls.__qualname__}; choose another"
         )
     kind = StructKind(cls, name, fields)
-    _KINDS[name, len(fields)] = _KINDS_OF[cls] = kind
+    _KINDS[name, len(fields)] = [kind]
+    _ROWS[cls] = [kind]
+    NAMES.add(name)
     return cls
 
 

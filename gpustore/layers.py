@@ -59,6 +59,28 @@ def plain(x: Any) -> Any:
     return x.data if getattr(x, "is_tracked_array", False) else x
 
 
+def matched(x: Any, weight: Any) -> Any:
+    """Return `x` in the weight's float type, as Flux brings it; complex input stays as it is."""
+    if x.dtype == weight.dtype or weight.dtype.kind in "biu" or x.dtype.kind == "c":
+        return x
+    return x.astype(weight.dtype)
+
+
+def activate(σ: Callable[[Any], Any], x: Any) -> Any:
+    """Return `σ.(x)`: a function of this package takes the array, Julia code each element."""
+    if getattr(σ, "is_opaque", False) and getattr(x, "ndim", 0):
+        made = np.empty_like(x)
+        for index in np.ndindex(*x.shape):
+            made[index] = σ(x[index])
+        return made
+    return σ(x)
+
+
+def column(bias: Any, ndim: int, axis: int = 0) -> Any:
+    """Return a bias (n,) shaped to be added along `axis` of an array of `ndim` dimensions."""
+    return bias.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
 def show(layer: Any) -> str:
     """Return how a layer, or any callable in its place, is printed: functions by name."""
     is_function = callable(layer) and not hasattr(type(layer), "__dataclass_fields__")
@@ -105,7 +127,7 @@ class Dense:
             raise UnsupportedValueError(
                 f"Dense: σ: expected a function, found {σ!r}; give one such as gpustore.relu"
             )
-        self.bias, self.σ = _bias(self.weight, bias), σ
+        self.bias, self.σ = made_bias(self.weight, bias, self.weight.shape[0]), σ
 
     def __call__(self, x: Any) -> Any:
         """Return the layer's output: x (in,) or (in, batch...), result (out,) or (out, batch...).
@@ -119,14 +141,13 @@ class Dense:
                 f"{self!r}: expected input of shape ({n_in}, batch), found {tuple(x.shape)}; "
                 "features come first: transpose an input of shape (batch, features)"
             )
-        if x.dtype != weight.dtype and weight.dtype.kind not in "biu" and x.dtype.kind != "c":
-            x = x.astype(weight.dtype)
+        x = matched(x, weight)
         batch = x.shape[1:]
         columns = x if x.ndim <= 2 else x.reshape((n_in, math.prod(batch)), order="F")
         product = weight @ columns
-        if bias is not False:
-            product = product + (bias if product.ndim == 1 else bias.reshape(-1, 1))
-        output = self.σ(product)
+        if getattr(bias, "shape", ()):  # False, and the Zeros of Flux 0.11 and 0.12, are none
+            product = product + column(bias, product.ndim)
+        output = activate(self.σ, product)
         return output if x.ndim <= 2 else output.reshape((n_out, *batch), order="F")
 
     def __repr__(self) -> str:
@@ -136,17 +157,16 @@ class Dense:
         return f"Dense({n_in}, {n_out}{function}{bias})"
 
 
-def _bias(weight: Any, bias: Any) -> Any:
-    """Return a bias (out,) of the weight's dtype and device, zeros for True, or False for none."""
-    size = weight.shape[:1]
+def made_bias(weight: Any, bias: Any, size: int, *, name: str = "Dense") -> Any:
+    """Return a bias (size,) of the weight's dtype and device, zeros for True, or False for none."""
     if bias is True:
-        return np.zeros_like(plain(weight), shape=size)
+        return np.zeros_like(plain(weight), shape=(size,))
     if bias is False:
         return bias
-    if tuple(getattr(bias, "shape", ("none",))) != size:
+    if tuple(getattr(bias, "shape", ("none",))) != (size,):
         raise MismatchError(
-            f"Dense: bias: expected True, False or an array of shape {size}, found "
-            f"{getattr(bias, 'shape', bias)!r}; an activation goes third, as Dense(weight, True, σ)"
+            f"{name}: bias: expected True, False or an array of shape ({size},), found "
+            f"{getattr(bias, 'shape', bias)!r}; an activation is third: {name}(weight, True, σ)"
         )
     is_same = bias is not plain(bias) or bias.dtype == weight.dtype
     return bias if is_same else bias.astype(weight.dtype)

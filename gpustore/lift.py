@@ -18,6 +18,7 @@ import numpy as np
 from gpustore import flux, twins
 from gpustore.digest import DIGEST_NBYTES
 from gpustore.document import Slot
+from gpustore.eras import StructKind
 from gpustore.errors import FormatError
 from gpustore.julia import (
     ArraySpec,
@@ -32,6 +33,7 @@ from gpustore.julia import (
     extension_dtype,
     is_of_both_orders,
 )
+from gpustore.tree import TrackedArray
 from gpustore.values import BARE, Entries, JuliaArray, with_origin
 
 MAX_RANK = 32
@@ -249,9 +251,8 @@ class Lifter:
             dtype = self.dtype(node, julia_type, path)
             return _primitive(julia_type, dtype, self.bytes_of(content))
         name = julia_type.name if isinstance(julia_type, JuliaType) else ""
-        kind = flux.kind_named(name, len(content))
-        if kind is not None:
-            return self.instance(node, kind, julia_type, content, path)
+        if name in flux.NAMES:
+            return self.known(node, julia_type, content, path)
         builder = _BUILDERS.get(name)
         if builder is not None:
             built = builder(self, node, julia_type, content, path)
@@ -276,8 +277,21 @@ class Lifter:
             raise self.malformed(path, "the fields of a struct document are not a list")
         return [self.value(child, f"{path}[{i}]") for i, child in enumerate(content)]
 
+    def known(self, node: dict[str, Any], julia_type: Any, content: Any, path: str) -> Any:
+        """Make the object of a struct that has a class here: of Flux, or registered by the user."""
+        kind = flux.kind_named(julia_type.name, len(content), len(julia_type.params))
+        if kind is not None:
+            return self.instance(node, kind, julia_type, content, path)
+        if not flux.is_of_flux(julia_type.name):
+            return self.unknown(node, julia_type, content, path)
+        counts = " or ".join(map(str, flux.layouts(julia_type.name)))
+        raise FormatError(
+            f"{self.name}: {path}: {julia_type.name}: expected {counts} fields, found "
+            f"{len(content)}; the file is damaged, or of a Flux newer than this gpustore knows"
+        )
+
     def instance(
-        self, node: dict[str, Any], kind: flux.StructKind, julia_type: Any, content: Any, path: str
+        self, node: dict[str, Any], kind: StructKind, julia_type: Any, content: Any, path: str
     ) -> Any:
         """Make an object of a known class: first the object, then its fields (cycles close)."""
         if issubclass(kind.cls, tuple):
@@ -289,10 +303,15 @@ class Lifter:
             if not kind.accepts(name, part):
                 raise self.malformed(f"{path}.{name}", f"a {type(part).__name__} is out of place")
             object.__setattr__(made, name, part)
-        written_as = flux.kind_of(made)
-        if written_as is None or julia_type != JuliaType.named(written_as.name) or kind.params:
+        for name, index in kind.from_type:
+            if index < len(julia_type.params):
+                object.__setattr__(made, name, julia_type.params[index])
+        if flux.is_of_flux(kind.name) or julia_type != JuliaType.named(kind.name):
             with contextlib.suppress(AttributeError):  # a class with slots of its own
                 object.__setattr__(made, "julia_type", julia_type)
+                object.__setattr__(made, "julia_kind", kind)
+        if kind.cls is TrackedArray and len(content) == 2:
+            made.grad = None  # it was never set in Julia
         return made
 
     def unknown(self, node: dict[str, Any], julia_type: Any, content: Any, path: str) -> Struct:

@@ -281,7 +281,9 @@ class Lowerer:
         """Return the fields of an object as they are written."""
         if isinstance(value, TrackedArray) and value.tracker is None:
             return self.tracked(value)
-        unset = [name for name in names if not hasattr(value, name)]
+        kind = flux.kind_of(value)
+        worked_out = {name for name, _ in kind.written} if kind else set()
+        unset = [name for name in names if not hasattr(value, name) and name not in worked_out]
         if unset:
             raise self.refuse(path, value, f"its field {unset[0]!r} is not set")
         return [field_of(value, name) for name in names]

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from gpustore import devices, document, flux, storage, transfer, tree
+from gpustore import devices, document, storage, transfer, tree
 from gpustore.digest import hasher
 from gpustore.document import PAYLOAD_DIGEST, STRUCTURE_DIGEST, Payload, Plan, Slot
 from gpustore.errors import UnsupportedValueError
+from gpustore.flux import in_layout, kind_of
 from gpustore.julia import JuliaType
 from gpustore.lower import Lowerer
 from gpustore.twins import is_document
@@ -31,6 +32,7 @@ def save(
     on_gpu: str = "transfer",
     durable: bool = True,
     layout: str = "auto",
+    flux: str | None = None,
     progress: Progress | None = None,
     **named: Any,
 ) -> None:
@@ -38,8 +40,10 @@ def save(
 
     A dict with string keys gives the entries of the file; any other value is the file. Arrays may
     lie on any device. `on_gpu`: "transfer" writes GPU arrays as CPU arrays, "tag" writes their
-    device beside the values, "error" refuses them by name. The file appears whole or not at all;
-    with `durable` it has reached the disk. `progress(done, total)` is called with bytes.
+    device beside the values, "error" refuses them by name. `flux` is the version of Flux, such as
+    "0.14", whose layout of layers is written; without it layers from a file keep theirs, others
+    have the newest. The file appears whole or not at all; with `durable` it has reached the disk.
+    `progress(done, total)` is called with bytes.
 
     Raises UnsupportedValueError, naming the path of a value that cannot be saved, before anything
     is written; OSError where the file system refuses.
@@ -58,6 +62,8 @@ def save(
     if layout not in ("auto", "inline"):
         raise UnsupportedValueError(f"layout: expected 'auto' or 'inline', found {layout!r}")
     root = _root(value, named)
+    if flux is not None:
+        root = in_layout(root, flux)
     if on_gpu == "error":
         _refuse_gpu_arrays(root)
     write_plan(path, plan_of(root, tag_devices=on_gpu == "tag"), durable, progress)
@@ -113,7 +119,7 @@ def _arrays_in_layers(root: Any) -> set[int]:
     """Return the ids of arrays that are fields of layers, which Julia holds column-major."""
     ids: set[int] = set()
     for _, node in tree.walk(root):
-        kind = flux.kind_of(node)
+        kind = kind_of(node)
         if kind is not None and kind.is_layer:
             ids.update(id(getattr(node, name, None)) for name in kind.fields)
     return ids

@@ -32,6 +32,7 @@ class TrackedArray:
     grad: Any = None
     tracker: Any = None
     julia_type: Any = field(default=None, metadata={"leaf": True})
+    julia_kind: Any = field(default=None, metadata={"leaf": True})
 
     is_tracked_array = True
 

@@ -6,9 +6,11 @@ Flux's structs need their full type parameters in the file, so types are worked 
 from __future__ import annotations
 
 import datetime
+from types import NoneType
 from typing import Any
 
 import numpy as np
+from numpy.random import Generator
 
 from gpustore import devices, flux, twins
 from gpustore.document import int64
@@ -122,7 +124,9 @@ def _instance_type(value: Any) -> Any:
         return _named(f"Main.{type(value).__name__}") if own is None else own
     if isinstance(own, JuliaType) and len(own.params) == len(kind.params):
         params = (
-            _param(name, value) if callable(name) else retyped(old, field_of(value, name))
+            _param(name, value)
+            if callable(name) or "." in name
+            else retyped(old, field_of(value, name))
             for old, name in zip(own.params, kind.params, strict=True)
         )
         return JuliaType(own.path, tuple(params))
@@ -132,7 +136,12 @@ def _instance_type(value: Any) -> Any:
 
 
 def _param(name: Any, value: Any) -> Any:
-    return name(value) if callable(name) else type_of(field_of(value, name))
+    """Return a type parameter of an object: a function of it, or the type of a field."""
+    if callable(name):
+        return name(value)
+    first, _, inner = name.partition(".")
+    found = field_of(value, first)
+    return type_of(getattr(found, inner) if inner else found)
 
 
 def retyped(recorded: Any, value: Any) -> Any:
@@ -183,7 +192,11 @@ def numpy_dtype(array: Any) -> np.dtype[Any]:
 
 
 def field_of(value: Any, name: str) -> Any:
-    """Return a field as it is written: the layers of a Chain with names are a NamedTuple."""
+    """Return a field as it is written: named layers are a NamedTuple."""
+    kind = flux.kind_of(value)
+    for field, work_out in kind.written if kind else ():
+        if field == name and isinstance(value.__dict__.get(name), (NoneType, Generator)):
+            return work_out(value)
     part = getattr(value, name)
     return NamedTuple(part) if name == "layers" and type(part) is dict else part
 
