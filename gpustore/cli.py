@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from gpustore import errors, tree
+from gpustore.interpret import rendered
 from gpustore.julia import ArraySpec, LostArray, OpaqueFunction, Struct
 from gpustore.load import StoredFile, open_file
 from gpustore.values import Entries
@@ -64,7 +65,7 @@ def _title(node: Any) -> str:
     if isinstance(node, Struct):
         return _short(repr(node.type))
     if isinstance(node, OpaqueFunction):
-        return f"Julia function {node!r}"
+        return f"Julia function {rendered(node)}"
     return type(node).__name__
 
 
@@ -75,7 +76,7 @@ def _leaf(node: Any) -> str:
     if isinstance(node, LostArray):
         return f"{node.element_type} {node.shape}, values lost on the GPU"
     if isinstance(node, OpaqueFunction):
-        return f"Julia function {node!r}"
+        return f"Julia function {rendered(node)}"
     if callable(node) and hasattr(node, "__name__"):
         return str(node.__name__)
     return _short(repr(node))

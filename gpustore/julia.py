@@ -171,12 +171,19 @@ class Struct:
 class OpaqueFunction:
     """A Julia function that has no Python twin, whole: named, or anonymous with its code.
 
-    `captured` are the values a closure holds. Calling it raises OpaqueCodeError.
+    `captured` are the values a closure holds. `run(function, args, options)` is what calls it: a
+    small interpreter of pure functions (`interpret.py`); without it, and for what the interpreter
+    does not know, a call raises OpaqueCodeError.
     """
 
     type: JuliaType | OpaqueDocument = field(metadata=LEAF)
     captured: list[Any]
     __name__: str = field(default="", metadata=LEAF)
+    run: Callable[[OpaqueFunction, tuple[Any, ...], dict[str, Any]], Any] | None = field(
+        default=None, metadata=LEAF
+    )
+
+    is_opaque = True
 
     def __post_init__(self) -> None:
         if isinstance(self.type, JuliaType):
@@ -187,11 +194,13 @@ class OpaqueFunction:
     def __repr__(self) -> str:
         return self.__name__
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise OpaqueCodeError(
-            f"{self.__name__}: this is Julia code from the file, which is never executed; put a "
-            "Python function in its place, for example chain.layers = (*chain[:2], f, *chain[3:])"
-        )
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if self.run is None:
+            raise OpaqueCodeError(
+                f"{self.__name__}: this is Julia code; put a Python function in its place, for "
+                "example chain.layers = (*chain[:2], f, *chain[3:])"
+            )
+        return self.run(self, args, options)
 
 
 def _anonymous_name(kept: OpaqueDocument) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from gpustore.digest import DIGEST_NBYTES
 from gpustore.document import Slot
 from gpustore.eras import StructKind
 from gpustore.errors import FormatError
+from gpustore.interpret import Runner
 from gpustore.julia import (
     ArraySpec,
     JuliaType,
@@ -40,6 +41,7 @@ MAX_RANK = 32
 RESERVED = ("_backrefs", "_gpustore")
 _GPU_ARRAYS = ("CuArray", "ROCArray", "MtlArray", "oneArray")
 _DEVICE_TAG = re.compile(r"cpu|cuda:(0|[1-9][0-9]{0,2})")
+_COMPOSED = ("Base.Fix1", "Base.Fix2", "Base.ComposedFunction")
 _OPAQUETAGS = ("unionall", "ref", "svec", "jl_anonymous", "jl_bottom_type")
 
 
@@ -52,6 +54,7 @@ class Lifter:
         make_array: Callable[[ArraySpec, str], Any],
         read: Callable[[Slot], bytes],
         name: str,
+        functions: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         backrefs = document.get("_backrefs", [])
         if not isinstance(backrefs, list):
@@ -59,6 +62,7 @@ class Lifter:
         self.source = Source(name, backrefs, read)
         self.resolve, self.malformed = self.source.resolve, self.source.malformed
         self.make_array, self.read, self.name = make_array, read, name
+        self.functions = dict(functions or {})
         self.memo: dict[int, Any] = {}  # id of a document or list -> its value
         self.types: dict[Any, JuliaType] = {}
         self.spelling: set[str] = set()  # of Core and Base, those that the file calls Main's
@@ -258,7 +262,7 @@ class Lifter:
             built = builder(self, node, julia_type, content, path)
             if built is not NotImplemented:
                 return built
-        if name.rpartition(".")[2].startswith("#"):
+        if name.rpartition(".")[2].startswith("#") or name in _COMPOSED:
             known = flux.function_named(name) if not content else None
             return known or self.function(node, julia_type, content, path)
         if name.rpartition(".")[2] in _GPU_ARRAYS:
@@ -269,6 +273,7 @@ class Lifter:
         self, node: dict[str, Any], julia_type: Any, content: Any, path: str
     ) -> OpaqueFunction:
         function = self.memo[id(node)] = OpaqueFunction(julia_type, [])
+        function.run = Runner(self.value, self.functions)
         function.captured.extend(self.children(content, path + ".captured"))
         return function
 

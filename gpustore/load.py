@@ -39,6 +39,7 @@ def load(
     verify: bool = False,
     mmap: bool = True,
     lost: str = "error",
+    functions: Mapping[str, Callable[..., Any]] | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Load a `.bson` file of gpustore or Julia: all entries, the one named, or a tuple of several.
@@ -47,7 +48,8 @@ def load(
     "cuda:1" puts all there; a mapping or a callable gives the device for each tag. On the CPU,
     arrays of 64 KiB and more are writable copy-on-write views of the mapped file (`mmap=False`: of
     a private copy). `verify` checks every digest in the file. `lost`: "error", or "placeholder" for
-    a LostArray where Julia saved a GPU pointer. `progress(done, total)` counts bytes.
+    a LostArray where Julia saved a GPU pointer. `functions` are Python functions for those of Julia
+    that the file calls by name: {"Main.normalise": f}. `progress(done, total)` counts bytes.
 
     Raises FormatError or TruncatedFileError for what is no such file, EntryNotFoundError,
     CUDAUnavailableError (before anything large is read), DeviceDataLostError, IntegrityError.
@@ -65,7 +67,7 @@ def load(
     file, content = _open(path, mmap=mmap, slot_nbytes=document.SLOT_NBYTES)
     if verify:
         _raise_on_damage(file, progress)
-    arrays = _Arrays(file)
+    arrays = _Arrays(file, functions)
     root = _entries(arrays.lifter(content), content, names, file.path)
     if lost == "error":
         _refuse_lost(root, names, file.path)
@@ -160,14 +162,16 @@ def _path_at(file: MappedFile, offset: int) -> str:
 class _Arrays:
     """Makes the host arrays of a file while it is lifted, and remembers their device tags."""
 
-    def __init__(self, file: MappedFile) -> None:
-        self.file = file
+    def __init__(
+        self, file: MappedFile, functions: Mapping[str, Callable[..., Any]] | None = None
+    ) -> None:
+        self.file, self.functions = file, functions
         self.counts: Counter[str] = Counter()  # arrays of each tag, "cpu" for those without
         self.tags: dict[int, str] = {}  # id of a tagged array -> its tag
         self.kept: list[Any] = []  # keeps those arrays alive, as their ids are used
 
     def lifter(self, content: dict[str, Any]) -> Lifter:
-        return Lifter(content, self.make, self.read, self.file.path)
+        return Lifter(content, self.make, self.read, self.file.path, self.functions)
 
     def read(self, slot: Slot) -> bytes:
         return bytes(self.file.buffer[slot.offset : slot.offset + slot.nbytes])
