@@ -36,14 +36,14 @@ def correlate(x: Any, weight: Any, stride: Any, pad: Any, dilation: Any, groups:
             f"expected an input of at least {[r + 1 for r in reach]} with its padding, found "
             f"{padded_space}"
         )
-    out = np.empty_like(x, shape=(batch, weight.shape[0], *out_space))
+    out = np.empty_like(x, order="C", shape=(batch, weight.shape[0], *out_space))
     if out.size == 0:
         return out
     if groups == channels and weight.shape[1] == 1 and groups > 1:
         return _depthwise(_padded(x, pad, padded_space, 0), weight, stride, dilation, out)
     rows = weight.reshape((groups, weight.shape[0] // groups, -1))
     if math.prod(kernel) == 1 and max(stride) == 1 and not any(map(any, pad)):
-        flat = np.ascontiguousarray(x).reshape((batch, groups, channels // groups, -1))
+        flat = x.reshape((batch, groups, channels // groups, -1))
         np.matmul(rows, flat, out=out.reshape((batch, groups, rows.shape[1], -1)))
         return out
     _gathered(x, rows, kernel, (stride, pad, dilation), padded_space, out)
@@ -53,7 +53,7 @@ def correlate(x: Any, weight: Any, stride: Any, pad: Any, dilation: Any, groups:
 def _padded(x: Any, pad: Any, space: list[int], extra: int) -> Any:
     """Return `x` with zeros around it: (batch, channels, flat space and `extra` zeros after it)."""
     count = math.prod(space)
-    flat = np.zeros_like(x, shape=(*x.shape[:2], count + extra))
+    flat = np.zeros_like(x, order="C", shape=(*x.shape[:2], count + extra))
     inner = tuple(slice(low, n - high) for n, (low, high) in zip(space, pad, strict=True))
     flat[:, :, :count].reshape((*x.shape[:2], *space))[_ALL * 2 + inner] = x
     return flat if extra else flat.reshape((*x.shape[:2], *space))
@@ -108,7 +108,7 @@ def _gathered(
     for images, lines in _blocks(x.shape[0], out_space[0], column_nbytes):
         count, n_lines = images.stop - images.start, lines.stop - lines.start
         shape = (groups, width // math.prod(kernel), math.prod(kernel), count, n_lines * row_size)
-        buffer = np.empty_like(x, shape=shape)
+        buffer = np.empty_like(x, order="C", shape=shape)
         block = padded[images].swapaxes(0, 1)
         for index, place in enumerate(np.ndindex(*kernel)):
             if is_flat:
@@ -163,7 +163,7 @@ def transposed(
         for n, s, k, d, high_extra in zip(space, stride, kernel, dilation, outpad, strict=True)
     ]
     n_out = weight.shape[1] * groups
-    whole = np.zeros_like(x, shape=(batch, n_out, *full))
+    whole = np.zeros_like(x, order="C", shape=(batch, n_out, *full))
     rows = weight.reshape((groups, channels // groups, -1)).swapaxes(1, 2)
     for image in range(batch):
         flat = x[image].reshape((groups, channels // groups, -1))

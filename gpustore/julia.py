@@ -178,7 +178,7 @@ class OpaqueFunction:
 
     type: JuliaType | OpaqueDocument = field(metadata=LEAF)
     captured: list[Any]
-    __name__: str = field(default="", metadata=LEAF)
+    name: str = field(default="", metadata=LEAF)
     run: Callable[[OpaqueFunction, tuple[Any, ...], dict[str, Any]], Any] | None = field(
         default=None, metadata=LEAF
     )
@@ -187,9 +187,13 @@ class OpaqueFunction:
 
     def __post_init__(self) -> None:
         if isinstance(self.type, JuliaType):
-            self.__name__ = self.type.name.replace("#", "", 1)
+            self.name = self.type.name.replace("#", "", 1)
         else:
-            self.__name__ = _anonymous_name(self.type)
+            self.name = _anonymous_name(self.type)
+
+    @property
+    def __name__(self) -> str:
+        return self.name
 
     def __repr__(self) -> str:
         return self.__name__

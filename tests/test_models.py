@@ -1,0 +1,193 @@
+"""Models that Julia's Flux wrote, of every era: their outputs, their types, their layouts."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gpustore as gs
+from gpustore import flux, tree, typeof
+from gpustore.julia import JuliaType
+
+FOLDER = Path(__file__).parent / "fixtures" / "julia"
+WILD = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "wild"
+FILES = sorted(path.stem for path in FOLDER.glob("*.bson"))
+
+
+def described(name):
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+FORWARD = {  # what the definitions beside the files say
+    "Main.MyNet": lambda m, x: m.act(m.scale * (gs.data(m.proj) @ m.body(x))),
+    "Main.AutoEnc": lambda m, x: m.decoder(m.encoder(x)),
+    "Main.Nets.Block": lambda m, x: m.b(m.a(x)) / m.n,
+}
+
+
+def run(model, record, numbers):
+    """Yield (output, Julia's output) for each recorded call."""
+    gs.testmode(model)
+    if "sequence" not in record:
+        given = record["input"]
+        several = tuple(numbers[x["npz"]] for x in given) if isinstance(given, list) else ()
+        yield model(several or numbers[given["npz"]]), numbers[record["output"]["npz"]]
+        return
+    if record["reset_before"]:
+        gs.reset(model)
+    for step in record["sequence"]:
+        yield model(numbers[step["input"]["npz"]]), numbers[step["output"]["npz"]]
+
+
+WITH_MODELS = [
+    name
+    for name in FILES
+    if described(name).get("forward") and not name.startswith("custom_struct")
+]
+
+
+@pytest.mark.parametrize("name", WITH_MODELS)
+@pytest.mark.parametrize("is_saved_again", [False, True], ids=["loaded", "saved again"])
+def test_every_recorded_output_is_julias(name, is_saved_again, tmp_path):
+    root = gs.load(FOLDER / f"{name}.bson")
+    if is_saved_again:
+        gs.save(tmp_path / "again.bson", root, durable=False)
+        root = gs.load(tmp_path / "again.bson")
+    with np.load(FOLDER / f"{name}.npz") as numbers:
+        for record in described(name)["forward"]:
+            for found, expected in run(root[record["model"]], record, numbers):
+                least = 1e-6 * np.abs(expected).max(initial=0)
+                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=least)
+                is_float64 = expected.dtype == np.float64
+                assert found.dtype == (np.float64 if is_float64 else np.float32)
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("custom_struct")])
+def test_a_users_own_struct_runs_once_its_class_is_registered(name, monkeypatch):
+    for table in ("_KINDS", "_ROWS", "NAMES"):
+        monkeypatch.setattr(flux, table, copy.copy(getattr(flux, table)))
+    about = described(name)
+    for node in about["nodes"]:
+        kind = node["type"].partition("{")[0]
+        if kind in FORWARD:
+            fields = [(field, object) for field in node["fields"]]
+            made = dataclasses.make_dataclass("Own", fields, namespace={"__call__": FORWARD[kind]})
+            made.__qualname__ = kind
+            gs.model_type(kind)(made)
+    root = gs.load(FOLDER / f"{name}.bson")
+    with np.load(FOLDER / f"{name}.npz") as numbers:
+        for record in about["forward"]:
+            for found, expected in run(root[record["model"]], record, numbers):
+                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def layers_of(file):
+    """Yield every object of Flux in a file with the row of the table it was read by."""
+    for _, node in tree.walk(gs.load(file, lost="placeholder")):
+        kind = getattr(node, "julia_kind", None)
+        if kind is not None and not isinstance(node, gs.TrackedArray):
+            yield node, kind
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_table_gives_the_type_parameters_that_julia_wrote(name):
+    for layer, kind in layers_of(FOLDER / f"{name}.bson"):
+        made = JuliaType.named(kind.name, *(typeof._param(p, layer) for p in kind.params))
+        if "OpaqueDocument" not in repr(layer.julia_type):
+            assert made.is_same(layer.julia_type), kind
+
+
+def test_a_layer_of_an_unknown_layout_is_refused(tmp_path):
+    dense = gs.Struct(JuliaType.named("Flux.Dense"), [np.ones((2, 2)), np.ones(2), None, 3])
+    gs.save(tmp_path / "m.bson", model=[dense])
+    with pytest.raises(gs.FormatError, match=r"model\[0\]: Flux\.Dense: expected 3 fields, fo"):
+        gs.load(tmp_path / "m.bson")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("Flux.Conv", [None, np.ones((2, 2, 1, 1)), np.ones(1), "x", (0, 0), (1, 1)]),
+        ("Flux.Chain", [3]),
+        ("Flux.MaxPool", [(2, 2), 0, (2, 2)]),
+        ("Flux.Parallel", [None, 1.5]),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_refused_with_its_path(tmp_path, name, fields):
+    gs.save(tmp_path / "m.bson", model=gs.Struct(JuliaType.named(name), fields))
+    with pytest.raises(gs.FormatError, match=r"model\.\w+: a \w+ is out of place"):
+        gs.load(tmp_path / "m.bson")
+
+
+# --- writing for a version of Flux ---
+
+
+def sample():
+    rng = np.random.default_rng(0)
+    return gs.Chain(
+        gs.Conv((3, 3), (1, 4), gs.relu, pad=1, rng=rng),
+        gs.BatchNorm(4),
+        gs.MaxPool((2, 2)),
+        gs.flatten,
+        gs.Dense(16, 3, rng=rng),
+        gs.Dropout(0.5),
+        gs.softmax,
+    )
+
+
+@pytest.mark.parametrize("version", ["0.9", "0.10.4", "0.11", "0.12.1", "0.13.4", "0.14", "0.16"])
+def test_a_model_is_written_in_the_layout_of_the_flux_asked_for(tmp_path, version):
+    model = sample()
+    gs.save(tmp_path / "m.bson", model=model, flux=version)
+    loaded = gs.load(tmp_path / "m.bson", "model")
+    x = np.random.default_rng(1).normal(size=(4, 4, 1, 2)).astype("f4")
+    np.testing.assert_allclose(loaded(x), model(x), rtol=1e-6)
+    counts = {type(layer).__name__: len(layer.julia_kind.fields) for layer, _ in kinds(loaded)}
+    number = tuple(map(int, version.split(".")))
+    assert counts["Conv"] == (7 if number >= (0, 12, 6) else 6)
+    assert counts["BatchNorm"] == (11 if number >= (0, 12) else 8)
+    assert counts["Dropout"] == (4 if number >= (0, 13) else 3)
+
+
+def kinds(model):
+    return [(n, n.julia_kind) for _, n in tree.walk(model) if hasattr(n, "julia_kind")]
+
+
+def test_a_model_of_another_era_is_brought_to_the_layout_asked_for(tmp_path):
+    old = gs.data(gs.load(FOLDER / "conv_plain_flux08_v1.bson", "model"))
+    gs.save(tmp_path / "new.bson", model=old, flux="0.16")
+    new = gs.load(tmp_path / "new.bson", "model")
+    conv = next(layer for layer, _ in kinds(new) if isinstance(layer, gs.Conv))
+    assert len(conv.julia_kind.fields) == 7 and conv.groups == 1
+    with np.load(FOLDER / "conv_plain_flux08_v1.npz") as numbers:
+        record = described("conv_plain_flux08_v1")["forward"][0]
+        for found, expected in run(new, record, numbers):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_version_cannot_hold_is_refused(tmp_path):
+    grouped = gs.Conv((3, 3), (4, 4), groups=2)
+    with pytest.raises(gs.UnsupportedValueError, match=r"model\[0\]\.groups: Flux 0\.9 has no"):
+        gs.save(tmp_path / "m.bson", model=[grouped], flux="0.9")
+    with pytest.raises(gs.UnsupportedValueError, match=r"Flux 0\.12 has no Flux\.EmbeddingBag"):
+        gs.save(tmp_path / "m.bson", model=gs.EmbeddingBag(3, 2), flux="0.12")
+    with pytest.raises(gs.UnsupportedValueError, match=r"expected a version from 0\.9 on"):
+        gs.save(tmp_path / "m.bson", model=grouped, flux="two")
+    assert not (tmp_path / "m.bson").exists()
+
+
+@pytest.mark.parametrize("file", sorted(WILD.glob("*.bson")), ids=lambda file: file.stem)
+def test_layers_of_other_peoples_files_have_the_types_the_table_gives(file):
+    try:
+        pairs = list(layers_of(file))
+    except gs.FormatError:
+        return  # not written by BSON.jl
+    for layer, kind in pairs:
+        made = JuliaType.named(kind.name, *(typeof._param(p, layer) for p in kind.params))
+        if "OpaqueDocument" not in repr(layer.julia_type):
+            assert made.is_same(layer.julia_type), kind
