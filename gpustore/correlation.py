@@ -40,7 +40,7 @@ def correlate(x: Any, weight: Any, stride: Any, pad: Any, dilation: Any, groups:
     if out.size == 0:
         return out
     if groups == channels and weight.shape[1] == 1 and groups > 1:
-        return _depthwise(_padded(x, pad, padded_space, 0), weight, stride, dilation, out)
+        return _depthwise(_padded(x, pad, padded_space), weight, stride, dilation, out)
     rows = weight.reshape((groups, weight.shape[0] // groups, -1))
     if math.prod(kernel) == 1 and max(stride) == 1 and not any(map(any, pad)):
         flat = x.reshape((batch, groups, channels // groups, -1))
@@ -50,13 +50,16 @@ def correlate(x: Any, weight: Any, stride: Any, pad: Any, dilation: Any, groups:
     return out
 
 
-def _padded(x: Any, pad: Any, space: list[int], extra: int) -> Any:
-    """Return `x` with zeros around it: (batch, channels, flat space and `extra` zeros after it)."""
+def _padded(x: Any, pad: Any, space: list[int], extra: int | None = None) -> Any:
+    """Return `x` with zeros around it: (batch, channels, ...).
+
+    With `extra` its space is flat, with that many zeros after it.
+    """
     count = math.prod(space)
-    flat = np.zeros_like(x, order="C", shape=(*x.shape[:2], count + extra))
+    flat = np.zeros_like(x, order="C", shape=(*x.shape[:2], count + (extra or 0)))
     inner = tuple(slice(low, n - high) for n, (low, high) in zip(space, pad, strict=True))
     flat[:, :, :count].reshape((*x.shape[:2], *space))[_ALL * 2 + inner] = x
-    return flat if extra else flat.reshape((*x.shape[:2], *space))
+    return flat.reshape((*x.shape[:2], *space)) if extra is None else flat
 
 
 def flipped(weight: Any) -> Any:
@@ -103,7 +106,7 @@ def _gathered(
     row_size = math.prod(space[1:]) if is_flat else math.prod(out_space[1:])
     tail = sum((k - 1) * d * math.prod(space[i + 1 :]) for i, (k, d) in
                enumerate(zip(kernel, dilation, strict=True)) if i)  # fmt: skip
-    padded = _padded(x, pad, space, tail if is_flat else 0)
+    padded = _padded(x, pad, space, tail if is_flat else None)
     column_nbytes = groups * width * row_size * x.dtype.itemsize
     for images, lines in _blocks(x.shape[0], out_space[0], column_nbytes):
         count, n_lines = images.stop - images.start, lines.stop - lines.start
