@@ -55,6 +55,13 @@ _UFUNCS = {
 }  # fmt: skip
 
 
+def _getindex(x: Any, *index: Any) -> Any:
+    """Return x[index...]; of a type such as Float32 it is a vector of that type."""
+    if isinstance(x, Function) and x.name in _DTYPES:
+        return np.array(index, _DTYPES[x.name])
+    return getindex(x, *index)
+
+
 def _selectdim(x: Any, d: Any, i: Any) -> Any:
     before, after = int(d) - 1, len(size(x)) - int(d)
     return getindex(x, *[COLON] * before, i, *[COLON] * after)
@@ -77,18 +84,18 @@ _SHAPES: dict[str, Callable[..., Any]] = {
     "size": size, "length": length, "ndims": lambda x: len(size(x)), "axes": _axes,
     "reshape": semantics.reshape, "vec": lambda x: plain(x).reshape(-1, order="F"),
     "dropdims": semantics.dropdims, "permutedims": semantics.permutedims,
-    "transpose": semantics.transpose, "adjoint": lambda x: np.conj(semantics.transpose(x)),
+    "transpose": semantics.transpose, "adjoint": semantics.adjoint, "'": semantics.adjoint,
     "vcat": functions.vcat, "hcat": functions.hcat, "cat": semantics.cat,
     "repeat": semantics.repeat, "flatten": functions.flatten,
     "unsqueeze": lambda x, d=None, dims=None: np.expand_dims(plain(x), int(dims or d) - 1),
 }  # fmt: skip
 _ELEMENTS: dict[str, Callable[..., Any]] = {
-    "getindex": getindex, "view": getindex, "selectdim": _selectdim,
+    "getindex": _getindex, "view": getindex, "selectdim": _selectdim,
     "firstindex": lambda x, *d: 1, "lastindex": semantics.lastindex,
     "first": lambda x: getindex(x, 1), "last": lambda x: getindex(x, length(x)),
     "eachindex": lambda x: range(1, length(x) + 1), "iterate": semantics.iterate,
     "indexed_iterate": lambda x, i, *state: (getindex(x, i), int(i) + 1),
-    "collect": lambda x: np.asarray(x), "copy": semantics.materialize,
+    "collect": semantics.collected, "copy": semantics.materialize,
     "tuple": lambda *xs: xs, "vect": lambda *xs: np.array([semantics.number(x) for x in xs]),
     "zeros": _filled(0), "ones": _filled(1), "fill": semantics.fill,
     "similar": lambda x: np.zeros_like(plain(x)), "ntuple": _ntuple,

@@ -42,7 +42,7 @@ _OF_FLUX = frozenset(NAMES)
 
 _BASE_FUNCTIONS = ("identity", "tanh", "exp", "log", "sqrt", "sin", "cos", "abs", "abs2", "sign")
 _JOINING = {
-    "Base.#+": functions.plus, "Base.#-": functions.minus, "Base.#*": functions.times,
+    "Base.#+": functions.add, "Base.#-": functions.subtract, "Base.#*": functions.multiply,
     "Base.#vcat": functions.vcat, "Base.#hcat": functions.hcat, "Base.#max": functions.maximum_of,
     "Base.#min": functions.minimum_of, "Base.#maximum": functions.maximum,
     "Base.#minimum": functions.minimum, "Base.#sum": functions.total,
@@ -70,8 +70,8 @@ def _function_table() -> dict[str, Callable[..., Any]]:
 
 FUNCTIONS = _function_table()  # by the names of their Julia types
 _FUNCTION_NAMES: dict[Any, str] = {
-    np.add: "Base.#+", operator.add: "Base.#+", np.multiply: "Base.#*", np.subtract: "Base.#-",
-    np.maximum: "Base.#max", np.minimum: "Base.#min",
+    np.add: "Base.#+", operator.add: "Base.#+", np.subtract: "Base.#-", operator.sub: "Base.#-",
+    np.matmul: "Base.#*", operator.matmul: "Base.#*",
 }  # fmt: skip
 for _name, _function in FUNCTIONS.items():
     if _name.endswith("#" + _function.__name__) or _function not in _FUNCTION_NAMES:

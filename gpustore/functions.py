@@ -13,17 +13,17 @@ import numpy as np
 from gpustore.layers import plain
 
 
-def plus(*xs: Any) -> Any:
+def add(*xs: Any) -> Any:
     """Return x + y + ..."""
     return functools.reduce(lambda x, y: x + y, xs)
 
 
-def minus(x: Any, *ys: Any) -> Any:
+def subtract(x: Any, *ys: Any) -> Any:
     """Return x - y, or -x."""
     return x - ys[0] if ys else -x
 
 
-def times(*xs: Any) -> Any:
+def multiply(*xs: Any) -> Any:
     """Return x * y * ...: the product of matrices, or of numbers."""
     return functools.reduce(lambda x, y: x @ y if np.ndim(x) and np.ndim(y) else x * y, xs)
 

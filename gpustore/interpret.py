@@ -31,11 +31,11 @@ from gpustore.errors import GpustoreError, OpaqueCodeError
 from gpustore.flux import FUNCTIONS
 from gpustore.julia import JuliaType, NamedTuple, OpaqueFunction, Struct
 from gpustore.layers import plain
-from gpustore.semantics import COLON, Function, Value, getindex, number
+from gpustore.semantics import COLON, Function, Value, bounded, getindex, number
 
 MAX_STEPS = 100_000
 MAX_DEPTH = 40
-MAX_TOTAL_NBYTES = 2**33  # of all arrays that one call makes
+MAX_TOTAL_NBYTES = 2**32  # of all arrays that one call makes
 _LEGACY = {"W": "weight", "b": "bias", "over": "layers", "α": "scale", "β": "bias", "σ²": "σ2",
            "ϵ": "ε"}  # fmt: skip
 _GETTERS = ("getfield", "getproperty")
@@ -51,7 +51,9 @@ class _Budget:
     def step(self, value: Any = None) -> None:
         self.steps -= 1
         nbytes = getattr(value, "nbytes", 0)
-        self.nbytes -= nbytes if isinstance(nbytes, int) else 0
+        if isinstance(nbytes, int):
+            bounded((nbytes,), 1)
+            self.nbytes -= nbytes
         if self.steps < 0:
             raise OpaqueCodeError(f"code from the file ran for more than {MAX_STEPS} steps")
         if self.nbytes < 0:
@@ -59,6 +61,9 @@ class _Budget:
 
 
 _running: ContextVar[_Budget | None] = ContextVar("_running", default=None)
+
+
+_FAILURES = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, MemoryError)
 
 
 class Runner:
@@ -109,7 +114,7 @@ class Runner:
             token = _running.set(_Budget())
             try:
                 return self.limited(name, method, captured, args)
-            except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            except _FAILURES as error:
                 if isinstance(error, GpustoreError):
                     raise
                 raise OpaqueCodeError(f"{name}: {type(error).__name__}: {error}") from error
@@ -145,7 +150,7 @@ class Runner:
         if name.name in MODULES or (name.module == "Flux" and name.name == "Losses"):
             return Module(name.name)
         raise OpaqueCodeError(
-            f"the code in this file calls {name}, which is not known here; supply it as "
+            f"the code in this file uses {name}, which is not known here; supply it as "
             f"load(..., functions={{{str(name)!r}: function}})"
         )
 

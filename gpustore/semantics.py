@@ -98,7 +98,7 @@ def materialize(x: Any) -> Any:
     if not isinstance(x, Broadcasted):
         return x
     args = [materialize(arg) for arg in x.args]
-    args = [np.asarray(a) if isinstance(a, (tuple, list, range)) else plain(a) for a in args]
+    args = [collected(a) for a in args]
     ndim = max((a.ndim for a in args if is_array(a)), default=0)
     if not ndim:
         return x.function(*args)
@@ -111,6 +111,14 @@ def materialize(x: Any) -> Any:
     bounded(shape)
     each = getattr(x.function, "each", None)
     return each(*args) if each is not None else _one_by_one(x.function, args, shape)
+
+
+def collected(x: Any) -> Any:
+    """Return the array of a sequence; other values as they are."""
+    if not isinstance(x, (tuple, list, range)):
+        return plain(x)
+    bounded((len(x),))
+    return np.asarray(x)
 
 
 def _one_by_one(function: Any, args: list[Any], shape: tuple[int, ...]) -> Any:
@@ -171,13 +179,26 @@ def getindex(x: Any, *index: Any) -> Any:
                 continue
             x = x.take(_place(int(i), x.shape[axis] if axis < x.ndim else 0), axis=axis)
         else:
-            places = np.asarray(i)
-            places = np.flatnonzero(places) if places.dtype == bool else places - 1
-            if places.size and not 0 <= int(places.min()) <= int(places.max()) < x.shape[axis]:
-                raise OpaqueCodeError(f"an index is out of 1 to {x.shape[axis]}")
-            x = x.take(places, axis=axis)
+            x = _taken(x, i, axis)
             axis += 1
     return x
+
+
+def _taken(x: Any, index: Any, axis: int) -> Any:
+    """Return the elements at a range, at an array of indices or under a mask, along an axis."""
+    count = x.shape[axis] if axis < x.ndim else 0
+    if isinstance(index, range):
+        ends = [index[0], index[-1]] if index else []
+        if any(not 1 <= place <= count for place in ends):
+            raise OpaqueCodeError(f"the indices {index} are out of 1 to {count}")
+        stop = index[-1] - 1 + index.step if index else 0
+        chosen = slice(index[0] - 1, stop if stop >= 0 else None, index.step) if index else slice(0)
+        return x[(slice(None),) * axis + (chosen,)]
+    places = collected(index)
+    places = np.flatnonzero(places) if places.dtype == bool else places - 1
+    if places.size and not 0 <= int(places.min()) <= int(places.max()) < count:
+        raise OpaqueCodeError(f"an index is out of 1 to {count}")
+    return x.take(places, axis=axis)
 
 
 def _is_mask(index: Any, x: Any) -> bool:
@@ -295,6 +316,10 @@ def permutedims(x: Any, order: Any = None) -> Any:
 def transpose(x: Any) -> Any:
     x = plain(x)
     return x.reshape(1, -1) if x.ndim == 1 else x.transpose()
+
+
+def adjoint(x: Any) -> Any:
+    return np.conj(transpose(x))
 
 
 def fill(value: Any, *dims: Any) -> Any:

@@ -1,0 +1,277 @@
+"""Julia's anonymous functions: read, rendered, run as Julia runs them, and kept within limits."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gpustore as gs
+from gpustore import code, interpret, tree
+from gpustore.code import SSA, Code, Constant, Expr, Global, Goto, Method, Slot
+from gpustore.julia import OpaqueDocument, OpaqueFunction
+
+FIXTURES = Path(__file__).parent / "fixtures"
+FOLDER = FIXTURES / "julia"
+WILD = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "wild"
+CASES = gs.load(FIXTURES / "code_julia15.bson")  # each with arguments and what Julia 1.5 gave
+
+
+def same(found, expected):
+    if isinstance(expected, (tuple, list)):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    if expected is None or isinstance(expected, str):
+        return found == expected
+    found, expected = np.asarray(found), np.asarray(expected)
+    is_alike = found.shape == expected.shape and found.dtype == expected.dtype
+    return is_alike and np.allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(CASES["functions"]))
+def test_a_function_gives_what_julia_gave(name):
+    args, expected = CASES["cases"][name]
+    before = copy.deepcopy(args)
+    assert same(CASES["functions"][name](*args), expected)
+    assert same(args, before)
+
+
+@pytest.mark.parametrize("name", sorted(CASES["functions"]))
+def test_the_same_code_runs_on_the_device(cuda, name):
+    args, expected = CASES["cases"][name]
+    if not any(isinstance(arg, np.ndarray) for arg in args) or name in ("mask", "literal"):
+        pytest.skip("no array among the arguments, or a host array within the code")
+    if name == "zeros_like":
+        pytest.skip("the code makes an array of its own on the host")
+    assert same(gs.cpu(gs.gpu(CASES["functions"][name])(*gs.gpu(args))), expected)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "text"),
+    [
+        ("conv_anon_flux07_v1", "model", "x -> reshape(x, :, size(x, 4))"),
+        ("functions_v1", "anon", "x -> x^2 + 1"),
+        ("functions_v1", "closure", "x -> a .* (W * x)"),
+        ("functions_v1", "f8", "(x...) -> f(g(x...))"),
+        ("composed_flux09_v2", "model", "(mx, x) -> cat(mx, x; dims = 1)"),
+    ],
+)
+def test_code_is_rendered_for_people(file, name, text):
+    value = gs.load(FOLDER / f"{file}.bson", name)
+    functions = [n for _, n in tree.walk(value) if isinstance(n, OpaqueFunction)]
+    assert text in [interpret.rendered(function) for function in functions]
+
+
+def test_branches_are_rendered_as_lines():
+    multi = gs.load(FOLDER / "functions_v1.bson", "multi")
+    text = interpret.rendered(multi)
+    assert "unless %2 goto 6" in text and "6: %6 = z + 1" in text
+
+
+@pytest.mark.skipif(not WILD.exists(), reason="the folder of other people's files is not here")
+def test_every_function_of_other_peoples_files_is_read_and_rendered():
+    count = 0
+    for file in sorted(WILD.glob("*.bson")):
+        try:
+            root = gs.load(file, lost="placeholder")
+        except gs.FormatError:
+            continue
+        for _, node in tree.walk(root):
+            if isinstance(node, OpaqueFunction) and isinstance(node.type, OpaqueDocument):
+                lines = code.render(code.read_code(node, node.run.lift))
+                assert lines and all(lines)
+                count += 1
+    assert count >= 30
+
+
+# --- names ---
+
+
+def test_a_name_that_is_not_on_the_list_is_named_with_the_way_out():
+    made = function(Expr("call", (Global("Main", "secret"), Slot(2))), Expr("return", (SSA(1),)))
+    with pytest.raises(gs.OpaqueCodeError, match=r"uses Main\.secret.*functions=\{'Main\.secret'"):
+        made(1)
+
+
+def test_a_supplied_function_takes_its_place():
+    body = Expr("call", (Global("Main", "secret"), Slot(2))), Expr("return", (SSA(1),))
+    made = function(*body, functions={"Main.secret": lambda x: x * 10})
+    assert made(4) == 40
+    whole = function(*body, functions={"#1#2": lambda x: -x})
+    assert whole(4) == -4
+
+
+def test_load_takes_functions_for_those_of_the_file():
+    file = FOLDER / "functions_v1.bson"
+    with pytest.raises(gs.OpaqueCodeError, match="Main.myact"):
+        gs.load(file, "f5")(2.0)
+    assert gs.load(file, "f5", functions={"Main.myact": lambda x: x + 1})(2.0) == 3.0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Base.run", "Base.eval", "Core.eval", "Base.read", "Base.open", "Base.include", "Base.rm",
+        "Base.ccall", "Core.Intrinsics.llvmcall", "Base.unsafe_load", "Base.setindex!",
+        "Base.push!", "Base.materialize!", "Main.__import__", "builtins.exec", "Base.__class__",
+        "Base.getattr", "Libc.system", "Base.download", "Main.normalise",
+    ],
+)  # fmt: skip
+def test_no_other_name_is_ever_resolved(name):
+    module, _, bare = name.rpartition(".")
+    call = Expr("call", (Global(module, bare), Slot(2)))
+    with pytest.raises(gs.OpaqueCodeError, match="not known here"):
+        function(call, Expr("return", (SSA(1),)))("x")
+
+
+@pytest.mark.parametrize("head", ["foreigncall", "ccall", "new", "cfunction", "method", "global"])
+def test_no_other_form_is_ever_run(head):
+    with pytest.raises(gs.OpaqueCodeError, match=head):
+        function(Expr(head, (Slot(2),)))(1)
+
+
+@pytest.mark.parametrize("name", ["__class__", "__dict__", "__init__", "julia_type", "_forward"])
+def test_only_fields_of_a_layer_are_read(name):
+    call = Expr("call", (Global("Base", "getproperty"), Slot(2), Constant(name)))
+    made = function(call, Expr("return", (SSA(1),)))
+    with pytest.raises(gs.OpaqueCodeError, match="does not have"):
+        made(gs.Dense(2, 2))
+    with pytest.raises(gs.OpaqueCodeError, match="does not have"):
+        made(np.ones(2))
+
+
+# --- limits ---
+
+
+def function(*statements, functions=None, nargs=2, captured=None):
+    """Return a function of these statements; its first argument is Slot(2)."""
+    names = ("#self#", "x", "y", "z")
+    method = Method(names, nargs, False, tuple(statements), False)
+    captured = captured or {}
+    runner = interpret.Runner(lambda node, path: node, functions or {})
+    runner.code = Code("#1#2", tuple(captured), (method,), "1.5.3")
+    made = OpaqueFunction.__new__(OpaqueFunction)
+    made.type, made.captured, made.name, made.run = None, list(captured.values()), "#1#2", runner
+    return made
+
+
+def call(name, *args, module="Base"):
+    return Expr("call", (Global(module, name), *args))
+
+
+def test_a_loop_without_end_is_stopped():
+    with pytest.raises(gs.OpaqueCodeError, match="more than 100000 steps"):
+        function(Goto(1))(1)
+
+
+def test_a_function_that_calls_itself_for_ever_is_stopped():
+    made = function(Expr("call", (Slot(2), Slot(2))), Expr("return", (SSA(1),)))
+    with pytest.raises(gs.OpaqueCodeError, match="nested"):
+        made(made)
+
+
+BOMBS = {
+    "zeros": [call("zeros", Constant(2**20), Constant(2**20))],
+    "fill": [call("fill", Constant(1.0), Constant((2**40,)))],
+    "ones of a negative size": [call("ones", Constant(-5))],
+    "range": [call(":", Constant(0.0), Constant(1e-9), Constant(1e9))],
+    "collect": [call(":", Constant(1), Constant(2**50)), call("collect", SSA(1))],
+    "repeat": [call("repeat", Slot(2), Constant(2**40))],
+    "broadcast": [
+        call("reshape", Slot(2), Constant(1), Constant(2)),
+        call("zeros", Constant(2**26)),
+        call("zeros", Constant(1), Constant(2**26)),
+        call("broadcasted", Global("Base", "+"), SSA(2), SSA(3)),
+        call("materialize", SSA(4)),
+    ],
+    "outer product": [
+        call("zeros", Constant(2**20), Constant(1)),
+        call("zeros", Constant(1), Constant(2**20)),
+        call("*", SSA(1), SSA(2)),
+    ],
+    "doubling": [
+        Expr("=", (Slot(3), call("zeros", Constant(2**20)))),
+        Expr("=", (Slot(3), call("vcat", Slot(3), Slot(3)))),
+        Goto(2),
+    ],
+    "matrix power": [call("^", Slot(2), Constant(10**9))],
+    "a name for a size": [call("zeros", Constant("x"))],
+    "an index out of range": [call("getindex", Slot(2), Constant(10**12))],
+    "a jump out": [Goto(99)],
+    "a value that is not there": [call("+", SSA(7), Constant(1))],
+    "no function": [Expr("call", (Constant(3), Slot(2)))],
+    "a class": [Expr("call", (Constant(dict), Slot(2)))],
+    "a division by zero": [call("÷", Constant(1), Constant(0))],
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_an_error_soon(name):
+    start = time.monotonic()
+    with pytest.raises(gs.OpaqueCodeError):
+        function(*BOMBS[name], Expr("return", (SSA(len(BOMBS[name])),)))(np.ones(2))
+    assert time.monotonic() - start < 30  # seconds; some would take for ever
+
+
+def test_integers_wrap_as_int64_does():
+    square = [call("*", Slot(2), Slot(2)), Expr("return", (SSA(1),))]
+    assert function(*square)(2**40) == (2**80 + 2**63) % 2**64 - 2**63
+    power = [call("^", Slot(2), Constant(63)), Expr("return", (SSA(1),))]
+    assert function(*power)(2) == -(2**63)
+
+
+PARTS = st.recursive(
+    st.one_of(
+        st.sampled_from([SSA(1), SSA(2), Slot(1), Slot(2), Slot(9), Goto(1), Constant(None)]),
+        st.sampled_from(["+", "*", ":", "reshape", "getindex", "cat", "size", "apply_type", "Val",
+                         "_apply", "iterate", "materialize", "broadcasted", "sum", "tuple"])
+        .map(lambda name: Global("Base", name)),
+        st.one_of(st.integers(-3, 5), st.floats(), st.text(max_size=2)).map(Constant),
+    ),
+    lambda inner: st.builds(
+        lambda head, args: Expr(head, tuple(args)),
+        st.sampled_from(["call", "=", "return", "gotoifnot", "new"]),
+        st.lists(inner, max_size=4),
+    ),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@given(st.lists(PARTS, max_size=6))
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_whatever_the_code_says_only_our_errors_come_out(statements):
+    with contextlib.suppress(gs.GpustoreError):
+        function(*statements)(np.ones((2, 3), "f4"))
+
+
+@given(st.data())
+def test_whatever_is_done_to_a_document_of_code_only_our_errors_come_out(data):
+    made = gs.load(FOLDER / "functions_v1.bson", "multi")
+    document = copy.deepcopy(made.type.document)
+    source = made.type.source
+    nodes = [n for n in code_nodes(document, source) if isinstance(n, (dict, list)) and n]
+    node = data.draw(st.sampled_from(nodes))
+    key = data.draw(st.sampled_from(list(node) if isinstance(node, dict) else range(len(node))))
+    node[key] = data.draw(st.sampled_from([None, 0, -1, 2**40, "x", [], {}, {"tag": "struct"}]))
+    with contextlib.suppress(gs.GpustoreError):
+        twisted = OpaqueFunction(OpaqueDocument(document, source), [])
+        twisted.run = interpret.Runner(made.run.lift, {})
+        interpret.rendered(twisted)
+        twisted(1, 2)
+
+
+def code_nodes(node, source, seen=None):
+    seen = set() if seen is None else seen
+    if id(node) in seen or len(seen) > 400:
+        return
+    seen.add(id(node))
+    yield node
+    for child in (
+        node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    ):
+        yield from code_nodes(child, source, seen)
