@@ -161,6 +161,13 @@ class Struct:
             return self.data[fields.index(name)]
         raise AttributeError(f"{self.type!r} has no field known as {name!r}; use .data[i]")
 
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        name = getattr(self.type, "name", "this struct")
+        raise OpaqueCodeError(
+            f"{name}: what it computes is not in the file; write a class with its fields in order "
+            f"and __call__, and register it: @gpustore.model_type({name!r})"
+        )
+
     def __repr__(self) -> str:
         if isinstance(self.data, bytes):
             return f"Struct({self.type!r}, {self.data!r})"
