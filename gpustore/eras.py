@@ -164,7 +164,7 @@ def _normalisation() -> list[StructKind]:
         more = ("G",) if group else ()
         params = ("λ", "β", "μ", "ε", *more)
         rows += [
-            _row("0.4", cls, group + old, *params),
+            _row("0.4" if cls is v.BatchNorm else "0.8", cls, group + old, *params),
             _row("0.10", cls, group + middle, *params),
             _row("0.10.2", cls, group + old, *params),
             _row("0.12", cls, group + new, "λ", "β", "ε", "μ"),

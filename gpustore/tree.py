@@ -18,6 +18,7 @@ import numpy as np
 
 from gpustore import devices
 from gpustore.errors import MismatchError
+from gpustore.julia import NamedTuple
 
 
 @dataclass(slots=True, eq=False)
@@ -340,7 +341,7 @@ def _dtype(array: Any) -> Any:
 
 
 def state(x: Any) -> Any:
-    """Return the model's values without its types, as `Flux.state`: nested dicts and tuples.
+    """Return the model's values without its types, as `Flux.state`: NamedTuples, dicts and tuples.
 
     Arrays (not copied), numbers, booleans and None stay; what has no values (a function) is ().
 
@@ -352,11 +353,12 @@ def state(x: Any) -> Any:
     if devices.is_array(x) or x is None or isinstance(x, (bool, int, float, complex, np.generic)):
         return x
     if isinstance(x, dict):
-        return {key: state(child) for key, child in x.items()}
+        kind = NamedTuple if isinstance(x, NamedTuple) else dict
+        return kind((key, state(child)) for key, child in x.items())
     if isinstance(x, (list, tuple)) and not hasattr(x, "_fields"):
         return tuple(state(child) for child in x)
     below = children(x)
-    return {suffix[1:]: state(child) for suffix, child in below} if below else ()
+    return NamedTuple((suffix[1:], state(child)) for suffix, child in below) if below else ()
 
 
 def loadmodel(dst: Any, src: Any) -> Any:

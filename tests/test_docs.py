@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import gpustore as gs
+from gpustore import allowlist, eras, flux, interpret
 from gpustore.testing import fake_cuda
 
 ROOT = Path(__file__).parents[1]
@@ -44,3 +48,72 @@ def test_every_module_and_public_name_has_a_docstring():
     for name in gpustore.__all__:
         thing = getattr(gpustore, name)
         assert callable(thing) is False or thing.__doc__, name
+
+
+# --- docs/flux.md is made of the tables -------------------------------------------------------
+
+
+def eras_seen() -> dict[str, set[str]]:
+    """Return the eras of the fixtures whose recorded outputs each layer's class takes part in."""
+    folder, seen = ROOT / "tests" / "fixtures" / "julia", {}
+    for file in sorted(folder.glob("*_flux0*.json")):
+        records = json.loads(file.read_text()).get("forward") or []
+        root = gs.load(file.with_suffix(".bson"), lost="placeholder")
+        era = re.search(r"_flux0(\d+)", file.stem)[1]
+        for record in records:
+            for _, node in gs.tree.walk(root[record["model"]]):
+                seen.setdefault(type(node).__name__, set()).add(f"0.{int(era)}")
+    return seen
+
+
+def flux_page() -> str:
+    """Return docs/flux.md, made of the table of layers and the list of functions."""
+    lines = [
+        "# Layers and functions of Flux",
+        "",
+        "Made by the tests from `gpustore/eras.py` and `gpustore/allowlist.py`; "
+        "`GPUSTORE_WRITE_DOCS=1 make test` writes it anew.",
+        "",
+        "## Layers",
+        "",
+        "Every layer runs forward. *Layouts* are the number of fields a file may hold, and the "
+        "first Flux that writes it so; *checked* are the Flux versions whose recorded outputs it "
+        "gives in the tests.",
+        "",
+        "| layer | struct in the file | layouts | checked |",
+        "|---|---|---|---|",
+    ]
+    seen = eras_seen()
+    rows: dict[tuple[str, str], list[Any]] = {}
+    for kind in eras.TABLE:
+        rows.setdefault((kind.cls.__name__, kind.name), []).append(kind)
+    for (cls, name), kinds in sorted(rows.items()):
+        counts: dict[int, str] = {}
+        for kind in kinds:
+            counts.setdefault(len(kind.fields), kind.since)
+        layouts = ", ".join(f"{n} ({since})" if since != "0" else str(n)
+                            for n, since in counts.items())  # fmt: skip
+        checked = ", ".join(sorted(seen.get(cls, ()), key=lambda v: int(v[2:])))
+        lines.append(f"| {cls} | `{name}` | {layouts} | {checked} |")
+    held = sorted(name.replace("#", "") for name in flux.FUNCTIONS)
+    known = sorted([*allowlist.TABLE, *interpret._SPECIAL, *allowlist.CONSTANTS])
+    lines += [
+        "", "## Functions", "", "Held by name in a file, as an activation or a connection:", "",
+        ", ".join(f"`{name}`" for name in held) + ".",
+        "", "Called by the code of anonymous functions:", "",
+        ", ".join(f"`{name}`" for name in known) + ".", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def test_the_page_of_layers_and_functions_is_that_of_the_tables():
+    page = ROOT / "docs" / "flux.md"
+    if os.environ.get("GPUSTORE_WRITE_DOCS"):
+        page.write_text(flux_page(), encoding="utf-8")
+    assert page.read_text(encoding="utf-8") == flux_page()
+
+
+def test_links_between_the_pages_lead_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
