@@ -219,17 +219,33 @@ def field_names_of(julia_type: Any, nfields: int) -> tuple[str, ...] | None:
     return FIELD_NAMES.get((name, nfields)) if isinstance(name, str) else None
 
 
-_OPTIMISERS = {  # Flux.Optimise, and the rules of Optimisers.jl, by number of fields
-    "Descent": ("eta",),
-    "Momentum": ("eta", "rho", "velocity"),
-    "Nesterov": ("eta", "rho", "velocity"),
-    "RMSProp": ("eta", "rho", "acc"),
-    "ADAM": ("eta", "beta", "state"),
-    "Adam": ("eta", "beta", "state"),
-    "WeightDecay": ("wd",),
-    "ExpDecay": ("eta", "decay", "step", "clip", "current"),
-    "Optimiser": ("os",),
-}
+_OPTIMISERS = """
+Descent eta; Momentum eta rho velocity; Nesterov eta rho velocity; RMSProp eta rho acc;
+RMSProp eta rho epsilon acc; ADAM eta beta state; RADAM eta beta state; AdaMax eta beta state;
+OADAM eta beta state; ADAGrad eta acc; ADADelta rho state; AMSGrad eta beta state;
+NADAM eta beta state; AdaBelief eta beta state; Adam eta beta epsilon state;
+RAdam eta beta epsilon state; AdaMax eta beta epsilon state; OAdam eta beta epsilon state;
+AdaGrad eta epsilon acc; AdaDelta rho epsilon state; AMSGrad eta beta epsilon state;
+NAdam eta beta epsilon state; AdaBelief eta beta epsilon state; Optimiser os;
+InvDecay gamma state; ExpDecay eta decay step clip current;
+ExpDecay eta decay step clip start current; WeightDecay wd; ClipValue thresh; ClipNorm thresh
+"""  # of Flux.Optimise, v0.7 to v0.14
+_RULES = """
+Leaf rule state frozen; Leaf rule state; Descent eta; Momentum eta rho; Nesterov eta rho;
+RMSProp eta rho epsilon; RMSProp eta rho epsilon centred; Rprop eta ell gamma; Lion eta beta;
+ADAM eta beta epsilon; Adam eta beta epsilon; RADAM eta beta epsilon; RAdam eta beta epsilon;
+AdaMax eta beta epsilon; OADAM eta beta epsilon; OAdam eta beta epsilon; ADAGrad eta epsilon;
+AdaGrad eta epsilon; ADADelta rho epsilon; AdaDelta rho epsilon; AMSGrad eta beta epsilon;
+NADAM eta beta epsilon; NAdam eta beta epsilon; AdaBelief eta beta epsilon; WeightDecay lambda;
+SignDecay lambda; ClipGrad delta; ClipNorm omega p throw; OptimiserChain opts; AccumGrad n
+"""  # of Optimisers.jl, v0.2 to v0.4
+
+
+def _named_fields(package: str, rules: str) -> dict[tuple[str, int], tuple[str, ...]]:
+    rows = [row.split() for row in rules.split(";")]
+    return {(f"{package}.{name}", len(fields)): tuple(fields) for name, *fields in rows}
+
+
 FIELD_NAMES: dict[tuple[str, int], tuple[str, ...]] = {
     ("Base.UnitRange", 2): ("start", "stop"),
     ("Base.OneTo", 1): ("stop",),
@@ -246,5 +262,6 @@ FIELD_NAMES: dict[tuple[str, int], tuple[str, ...]] = {
     ("Base.Dict", 2): ("keys", "values"),
     ("Base.IdDict", 2): ("keys", "values"),
     ("DataFrames.Index", 2): ("lookup", "names"),
-    **{(f"Flux.Optimise.{n}", len(f)): f for n, f in _OPTIMISERS.items()},
+    **_named_fields("Flux.Optimise", _OPTIMISERS),
+    **_named_fields("Optimisers", _RULES),
 }

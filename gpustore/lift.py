@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,8 @@ from gpustore.values import BARE, Entries, JuliaArray, with_origin
 MAX_RANK = 32
 RESERVED = ("_backrefs", "_gpustore")
 _GPU_ARRAYS = ("CuArray", "ROCArray", "MtlArray", "oneArray")
+_ATOMS = frozenset((str, float, bool, type(None)))
+_UNKNOWN = object()
 _DEVICE_TAG = re.compile(r"cpu|cuda:(0|[1-9][0-9]{0,2})")
 _COMPOSED = ("Base.Fix1", "Base.Fix2", "Base.ComposedFunction")
 _OPAQUETAGS = ("unionall", "ref", "svec", "jl_anonymous", "jl_bottom_type")
@@ -74,10 +76,10 @@ class Lifter:
         kind = type(node)
         if kind is dict:
             return self.tagged(node, path)
+        if kind in _ATOMS:
+            return node
         if kind is list:
             return self.elements(node, path)
-        if kind in (str, float, bool, type(None)):
-            return node
         if kind is int:
             return np.int32(node)
         if isinstance(node, int):
@@ -98,17 +100,22 @@ class Lifter:
             return known
         values: list[Any] = []
         self.memo[id(node)] = values
-        values.extend(self.value(child, f"{path}[{i}]") for i, child in enumerate(node))
+        for i, child in enumerate(node):
+            is_atom = type(child) in _ATOMS
+            values.append(child if is_atom else self.value(child, f"{path}[{i}]"))
         return values
 
     def tagged(self, node: dict[str, Any], path: str) -> Any:
-        node = self.resolve(node, path)
-        if type(node) is not dict:
-            return self.value(node, path)
-        if id(node) in self.memo:
-            return self.memo[id(node)]
         tag = node.get("tag")
-        lift = TAGS.get(tag) if isinstance(tag, str) else None
+        if tag == "backref":
+            node = self.resolve(node, path)
+            if type(node) is not dict:
+                return self.value(node, path)
+            tag = node.get("tag")
+        known = self.memo.get(id(node), _UNKNOWN)
+        if known is not _UNKNOWN:
+            return known
+        lift = TAGS.get(tag) if type(tag) is str else None
         if lift is None:
             return self.mapping(node, path)
         value = self.memo[id(node)] = lift(self, node, path)
@@ -118,7 +125,9 @@ class Lifter:
         return self.read(binary) if isinstance(binary, Slot) else binary
 
     def field(self, node: dict[str, Any], key: str, kind: type | tuple[Any, ...], path: str) -> Any:
-        found = self.resolve(node.get(key), path)
+        found = node.get(key)
+        if type(found) is dict:
+            found = self.resolve(found, path)
         if not isinstance(found, kind):
             what = "nothing" if key not in node else type(found).__name__
             raise self.malformed(path, f"`{key}` of a {node['tag']} document is {what}")
@@ -156,23 +165,30 @@ class Lifter:
         return OpaqueDocument(node, self.source)
 
     def datatype(self, node: dict[str, Any], path: str) -> JuliaType | OpaqueDocument:
-        names = node.get("name")
-        if not isinstance(names, list) or not all(isinstance(part, str) for part in names):
+        names, params = node.get("name"), node.get("params", [])
+        if not isinstance(names, list):
             raise self.malformed(path, "`name` of a datatype document is not a list of strings")
-        params = self.resolve(node.get("params", []), path)
+        if params:
+            params = self.resolve(params, path)
+        plain = self.plain_type(names, path)
         if not params and isinstance(params, list):
-            spelling = tuple(names)
-            if spelling not in self.types:
-                self.types[spelling] = self.spelled(spelling, ())
-            return self.types[spelling]
+            return plain
         lifted = self.type_params(params, path)
-        return OpaqueDocument(node, self.source) if lifted is None else self.spelled(names, lifted)
+        return (
+            OpaqueDocument(node, self.source) if lifted is None else JuliaType(plain.path, lifted)
+        )
 
-    def spelled(self, names: Sequence[str], params: tuple[Any, ...]) -> JuliaType:
-        """Return the type, and note whether the file spells Core or Base as parts of Main."""
-        if len(names) > 2 and names[0] == "Main" and names[1] in ("Core", "Base"):
-            self.spelling.add(names[1])
-        return JuliaType(tuple(names), params)
+    def plain_type(self, names: list[str], path: str) -> JuliaType:
+        """Return the type of this name without parameters; each is made once."""
+        spelling = "\0".join(names) if all(type(part) is str for part in names) else None
+        if spelling is None:
+            raise self.malformed(path, "`name` of a datatype document is not a list of strings")
+        known = self.types.get(spelling)
+        if known is None:
+            known = self.types[spelling] = JuliaType(tuple(names))
+            if len(names) > 2 and names[0] == "Main" and names[1] in ("Core", "Base"):
+                self.spelling.add(names[1])
+        return known
 
     def type_params(self, params: Any, path: str) -> tuple[Any, ...] | None:
         """Lift type parameters, which BSON.jl packs as an array where they share a bits type.

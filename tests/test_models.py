@@ -194,6 +194,21 @@ def test_layers_of_other_peoples_files_have_the_types_the_table_gives(file):
             assert made.is_same(layer.julia_type), kind
 
 
+# --- optimisers ---
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if "optimisers" in n or "doc_opt" in n])
+def test_optimisers_are_read_by_the_names_of_their_fields(name):
+    nodes = {n["path"]: n for n in described(name)["nodes"]}
+    seen = 0
+    for key, value in gs.load(FOLDER / f"{name}.bson").items():
+        if isinstance(value, gs.Struct) and "Optimis" in value.type.name:
+            assert list(value.fields) == nodes[key]["fields"], key
+            assert getattr(value, value.fields[0]) is value.data[0]
+            seen += 1
+    assert seen
+
+
 # --- other people's models ---
 
 
