@@ -358,7 +358,16 @@ def state(x: Any) -> Any:
     if isinstance(x, (list, tuple)) and not hasattr(x, "_fields"):
         return tuple(state(child) for child in x)
     below = children(x)
-    return NamedTuple((suffix[1:], state(child)) for suffix, child in below) if below else ()
+    names = (suffix[1:] for suffix, _ in below)
+    parts = [
+        (_AS_JULIA.get(name, name), state(child))
+        for name, (_, child) in zip(names, below, strict=True)
+    ]
+    return NamedTuple(parts) if below else ()
+
+
+_AS_JULIA = {"σ2": "σ²", "ε": "ϵ"}  # names of fields that Python spells otherwise
+_AS_PYTHON = {julia: python for python, julia in _AS_JULIA.items()}
 
 
 def loadmodel(dst: Any, src: Any) -> Any:
@@ -406,7 +415,7 @@ def _pair(
 def _by_suffix(dst: Any, src: Any) -> dict[str, Any]:
     """Return the parts of a state under the path suffixes of the container they belong to."""
     if isinstance(src, dict) and not isinstance(dst, dict):
-        return {f".{name}": child for name, child in src.items()}
+        return {f".{_AS_PYTHON.get(name, name)}": child for name, child in src.items()}
     return dict(children(src))
 
 

@@ -306,6 +306,10 @@ def test_training_runs_on_the_device(cuda, name):
     assert gs.device_of(found) == "cuda:0"
 
 
+def test_a_state_has_the_names_that_flux_gives():
+    assert list(gs.state(gs.BatchNorm(2)))[:6] == ["λ", "β", "γ", "μ", "σ²", "ϵ"]
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_a_state_is_loaded_into_another_layer(name):
     layer, shape = MADE[name]
