@@ -42,8 +42,9 @@ def save(
     lie on any device. `on_gpu`: "transfer" writes GPU arrays as CPU arrays, "tag" writes their
     device beside the values, "error" refuses them by name. `flux` is the version of Flux, such as
     "0.14", whose layout of layers is written; without it layers from a file keep theirs, others
-    have the newest. The file appears whole or not at all; with `durable` it has reached the disk.
-    `progress(done, total)` is called with bytes.
+    have the newest. `layout`: "inline" keeps arrays within the document, where Julia reads them;
+    "detached" puts them after it, for any size; "auto" is inline below 2 GiB. The file appears
+    whole or not at all; with `durable` it has reached the disk. `progress(done, total)`: bytes.
 
     Raises UnsupportedValueError, naming the path of a value that cannot be saved, before anything
     is written; OSError where the file system refuses.
@@ -59,14 +60,17 @@ def save(
         raise UnsupportedValueError(
             f"on_gpu: expected 'transfer', 'tag' or 'error', found {on_gpu!r}"
         )
-    if layout not in ("auto", "inline"):
-        raise UnsupportedValueError(f"layout: expected 'auto' or 'inline', found {layout!r}")
+    if layout not in ("auto", "inline", "detached"):
+        raise UnsupportedValueError(
+            f"layout: expected 'auto', 'inline' or 'detached', found {layout!r}"
+        )
     root = _root(value, named)
     if flux is not None:
         root = in_layout(root, flux)
     if on_gpu == "error":
         _refuse_gpu_arrays(root)
-    write_plan(path, plan_of(root, tag_devices=on_gpu == "tag"), durable, progress)
+    plan = plan_of(root, tag_devices=on_gpu == "tag", layout=layout)
+    write_plan(path, plan, durable, progress)
 
 
 def _root(value: Any, named: dict[str, Any]) -> Any:
@@ -100,7 +104,7 @@ def _refuse_gpu_arrays(root: Any) -> None:
         )
 
 
-def plan_of(root: Any, *, tag_devices: bool) -> Plan:
+def plan_of(root: Any, *, tag_devices: bool, layout: str = "auto") -> Plan:
     """Lower `root` and lay the file out; nothing is written."""
 
     def make_payload(array: Any, order: str) -> Payload:
@@ -108,7 +112,7 @@ def plan_of(root: Any, *, tag_devices: bool) -> Plan:
 
     lowerer = Lowerer(make_payload, _arrays_in_layers(root), tag_devices, _spelling(root))
     try:
-        return document.plan(_lower_root(lowerer, root), writer=WRITER)
+        return document.plan(_lower_root(lowerer, root), writer=WRITER, layout=layout)
     except RecursionError:
         raise UnsupportedValueError(
             "the value is nested too deep to be saved; flatten it"
@@ -163,6 +167,9 @@ def write_plan(
     whole = hasher()
     with storage.replacing(path, nbytes=plan.nbytes, durable=durable) as file:
         out = _Output(file.write, plan.nbytes, progress)
+        if plan.places:
+            _write_detached(file, out, plan)
+            return
         for index, payload in enumerate(plan.payloads):
             whole.update(plan.structures[index])
             out.write(plan.structures[index])
@@ -178,6 +185,32 @@ def write_plan(
         last[STRUCTURE_DIGEST] = whole.digest()
         out.write(last)
         out.flush()
+
+
+def _write_detached(file: storage.NewFile, out: _Output, plan: Plan) -> None:
+    """Stream the payloads to their places, then the document, which holds their digests."""
+    (structure,) = plan.structures
+    position, gaps = len(structure), []
+    file.seek(position)
+    for payload, place in zip(plan.payloads, plan.places, strict=True):
+        gaps.append(bytes(place.offset - position))
+        out.write(gaps[-1])
+        payload_hasher = hasher(payload.nbytes)
+        for chunk in payload.chunks():
+            payload_hasher.update(chunk)
+            out.write(chunk)
+        structure[place.digest] = payload_hasher.digest()
+        position = place.offset + payload.nbytes
+    out.flush()
+    whole = hasher()
+    whole.update(structure[: STRUCTURE_DIGEST.start])
+    whole.update(structure[STRUCTURE_DIGEST.stop :])
+    for gap in gaps:
+        whole.update(gap)
+    structure[STRUCTURE_DIGEST] = whole.digest()
+    file.seek(0)
+    out.write(structure)
+    out.flush()
 
 
 class _Output:

@@ -125,6 +125,11 @@ class NewFile:
             done += count
         self.written += done
 
+    def seek(self, position: int) -> None:
+        """Go on writing at this byte of the file."""
+        with self._explained():
+            os.lseek(self._descriptor, position, os.SEEK_SET)
+
     def reserve(self) -> None:
         """Have the space set aside: writing is faster, and a full disk shows before the work."""
         if self._nbytes == 0 or not hasattr(os, "posix_fallocate"):

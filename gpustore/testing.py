@@ -179,7 +179,9 @@ def documents(*, max_leaves: int = 20) -> SearchStrategy[Any]:
     return whole
 
 
-def assert_roundtrip(value: Any, *, on_gpu: str = "transfer", device: Any = None) -> Any:
+def assert_roundtrip(
+    value: Any, *, on_gpu: str = "transfer", device: Any = None, layout: str = "auto"
+) -> Any:
     """Save `value` to a file and load it again, assert that nothing was lost; return the loaded.
 
     Types, dtypes, shapes, every bit of every array and what is shared must be the same; byte
@@ -190,7 +192,7 @@ def assert_roundtrip(value: Any, *, on_gpu: str = "transfer", device: Any = None
     """
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "roundtrip.bson")
-        save(path, {"value": value}, on_gpu=on_gpu, durable=False)
+        save(path, {"value": value}, on_gpu=on_gpu, durable=False, layout=layout)
         loaded = load(path, "value", device=device, verify=True)
     expected = value if on_gpu == "tag" and device is None else tree.cpu(value)
     assert_same(loaded, expected)

@@ -1,0 +1,214 @@
+"""A neutral document -> the segments of a file."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from gpustore.digest import DIGEST_NBYTES
+from gpustore.errors import UnsupportedValueError
+from gpustore.layout import (
+    DIGEST_ELEMENT,
+    DOUBLE,
+    INLINE_LIMIT,
+    INT32,
+    INT64,
+    PAGE_ALIGNED_NBYTES,
+    Encoded,
+    Payload,
+    Place,
+    Plan,
+    TooLong,
+)  # fmt: skip
+
+
+class Encoder:
+    """Encodes a document into segments; `position` is the offset in the file."""
+
+    def __init__(self, *, may_be_long: bool = False) -> None:
+        self.may_be_long = may_be_long  # -1 for a length beyond 2**31 - 1
+        self.segment = bytearray()
+        self.base = 0  # offset in the file of the current segment's first byte
+        self.structures = [self.segment]
+        self.payloads: list[Payload] = []
+
+    def position(self) -> int:
+        return self.base + len(self.segment)
+
+    def document(self, value: dict[str, Any], trailer: dict[str, Any] | None = None) -> None:
+        segment, start, position = self.segment, len(self.segment), self.position()
+        segment += b"\0\0\0\0"
+        for key, child in value.items():
+            self.element(_cstring(key), child)
+        if trailer is not None:
+            self.trailer(trailer)
+        self.segment.append(0)
+        self.length(segment, start, self.position() - position)
+
+    def array(self, values: Iterable[Any]) -> None:
+        segment, start, position = self.segment, len(self.segment), self.position()
+        segment += b"\0\0\0\0"
+        for index, child in enumerate(values):
+            self.element(b"%d\0" % index, child)
+        self.segment.append(0)
+        self.length(segment, start, self.position() - position)
+
+    def trailer(self, value: dict[str, Any]) -> None:
+        self.segment += b"\x03_gpustore\0"
+        segment, start = self.segment, len(self.segment)
+        segment += b"\0\0\0\0"
+        for key, child in value.items():
+            self.element(_cstring(key), child)
+        segment += DIGEST_ELEMENT + bytes(DIGEST_NBYTES) + b"\0"
+        self.length(segment, start, len(segment) - start)
+
+    def length(self, segment: bytearray, start: int, nbytes: int) -> None:
+        if nbytes > INLINE_LIMIT:
+            if not self.may_be_long:
+                raise TooLong(f"expected at most {INLINE_LIMIT} bytes, found {nbytes}")
+            nbytes = -1
+        INT32.pack_into(segment, start, nbytes)
+
+    def element(self, key: bytes, value: Any) -> None:
+        encode = _ENCODERS.get(type(value))
+        if encode is None:
+            raise UnsupportedValueError(f"a document cannot hold a {type(value).__qualname__}")
+        encode(self, key, value)
+
+    def payload(self, key: bytes, value: Payload) -> None:
+        """Pad, write the binary's header, cut the segment, and leave room for the digest."""
+        alignment = 64 if value.nbytes < PAGE_ALIGNED_NBYTES else 4096
+        if value.is_bare:
+            alignment = 1
+        header = len(key) + 6
+        if value.nbytes > INLINE_LIMIT:
+            raise TooLong(
+                f"expected at most {INLINE_LIMIT} bytes in an array, found {value.nbytes}"
+            )
+        if (self.position() + header) % alignment:
+            padding = -(self.position() + 8 + header) % alignment
+            self.segment += b"\x05_\0" + INT32.pack(padding) + b"\0" + bytes(padding)
+        self.segment += b"\x05" + key + INT32.pack(value.nbytes) + b"\0"
+        self.base = self.position() + value.nbytes
+        self.payloads.append(value)
+        after = b"" if value.is_bare else DIGEST_ELEMENT + bytes(DIGEST_NBYTES)
+        self.segment = bytearray(after)
+        self.structures.append(self.segment)
+
+    def finish(self) -> Plan:
+        return Plan(self.structures, self.payloads, self.position())
+
+
+class DetachedEncoder(Encoder):
+    """Encodes a document whose payloads follow it: in it stand their offsets and sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offsets: list[int] = []  # where in the document each offset belongs
+
+    def payload(self, key: bytes, value: Payload) -> None:
+        if value.is_bare:
+            content = b"".join(bytes(chunk) for chunk in value.chunks())
+            _encode_bytes(self, key, content)
+            return
+        self.payloads.append(value)
+        _encode_dict(self, key, {"offset": int64()(0), "nbytes": int64()(value.nbytes)})
+        self.offsets.append(len(self.segment) - len(_DETACHED_TAIL) - 8)
+        self.segment += DIGEST_ELEMENT + bytes(DIGEST_NBYTES)
+
+    def finish(self) -> Plan:
+        """Place the payloads, in order and aligned, after the document and its padding."""
+        position, places = _aligned(len(self.segment), 4096), []
+        for at, payload in zip(self.offsets, self.payloads, strict=True):
+            alignment = 64 if payload.nbytes < PAGE_ALIGNED_NBYTES else 4096
+            position = _aligned(position, alignment)
+            INT64.pack_into(self.segment, at, position)
+            digest = at + 8 + len(_DETACHED_TAIL) + len(DIGEST_ELEMENT)
+            places.append(Place(position, slice(digest, digest + DIGEST_NBYTES)))
+            position += payload.nbytes
+        nbytes = position if places else len(self.segment)
+        return Plan([self.segment], self.payloads, nbytes, tuple(places))
+
+
+_DETACHED_TAIL = b"\x12nbytes\0" + bytes(8) + b"\0"  # what follows an offset in `data`
+
+
+def _aligned(position: int, alignment: int) -> int:
+    return -(-position // alignment) * alignment
+
+
+def _cstring(key: str) -> bytes:
+    encoded = key.encode()
+    if b"\0" in encoded:
+        raise UnsupportedValueError(f"a key cannot hold a NUL character: {key!r}")
+    return encoded + b"\0"
+
+
+def _encode_int(encoder: Encoder, key: bytes, value: int) -> None:
+    if -(2**31) <= value < 2**31:
+        encoder.segment += b"\x10" + key + INT32.pack(value)
+    else:
+        _encode_int64(encoder, key, value)
+
+
+def _encode_int64(encoder: Encoder, key: bytes, value: int) -> None:
+    encoder.segment += b"\x12" + key + INT64.pack(value)
+
+
+def _encode_float(encoder: Encoder, key: bytes, value: float) -> None:
+    encoder.segment += b"\x01" + key + DOUBLE.pack(value)
+
+
+def _encode_str(encoder: Encoder, key: bytes, value: str) -> None:
+    text = value.encode()
+    encoder.segment += b"\x02" + key + INT32.pack(len(text) + 1) + text + b"\0"
+
+
+def _encode_bytes(encoder: Encoder, key: bytes, value: bytes) -> None:
+    encoder.segment += b"\x05" + key + INT32.pack(len(value)) + b"\0" + value
+
+
+def _encode_bool(encoder: Encoder, key: bytes, value: bool) -> None:
+    encoder.segment += b"\x08" + key + (b"\1" if value else b"\0")
+
+
+def _encode_none(encoder: Encoder, key: bytes, value: None) -> None:
+    encoder.segment += b"\x0a" + key
+
+
+def _encode_dict(encoder: Encoder, key: bytes, value: dict[str, Any]) -> None:
+    encoder.segment += b"\x03" + key
+    encoder.document(value)
+
+
+def _encode_list(encoder: Encoder, key: bytes, value: list[Any]) -> None:
+    encoder.segment += b"\x04" + key
+    encoder.array(value)
+
+
+def _encode_encoded(encoder: Encoder, key: bytes, value: Encoded) -> None:
+    encoder.segment += b"\x03" + key + value.bson
+
+
+_ENCODERS: dict[type, Callable[[Encoder, bytes, Any], None]] = {
+    int: _encode_int,
+    float: _encode_float,
+    str: _encode_str,
+    bytes: _encode_bytes,
+    bool: _encode_bool,
+    type(None): _encode_none,
+    dict: _encode_dict,
+    list: _encode_list,
+    Payload: lambda encoder, key, value: encoder.payload(key, value),
+    Encoded: _encode_encoded,
+}
+
+
+@functools.cache
+def int64() -> type[int]:
+    """Return the class of BSON's int64 (a subclass of int), known to the encoder from then on."""
+    from bson.int64 import Int64
+
+    _ENCODERS[Int64] = _encode_int64
+    return Int64

@@ -1,0 +1,155 @@
+"""The bytes of a file -> a neutral document, every length checked before it is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpustore.encoder import int64
+from gpustore.errors import FormatError, TruncatedFileError
+from gpustore.layout import DOUBLE, INT32, INT64, MAX_DEPTH, MAX_NAME_NBYTES, Slot
+
+_FOREIGN_KINDS = {
+    0x06: "undefined", 0x07: "ObjectId", 0x09: "UTC datetime", 0x0B: "regular expression",
+    0x0C: "DBPointer", 0x0D: "JavaScript code", 0x0E: "symbol", 0x0F: "JavaScript code",
+    0x11: "timestamp", 0x13: "decimal128", 0x7F: "max key", 0xFF: "min key",
+}  # fmt: skip
+
+
+class Scanner:
+    def __init__(self, buffer: Any, name: str, slot_nbytes: int) -> None:
+        self.buffer, self.name, self.slot_nbytes = buffer, name, slot_nbytes
+        int64()
+
+    def truncated(self, start: int, nbytes: int, found: int) -> TruncatedFileError:
+        return TruncatedFileError(
+            f"{self.name}: byte {start}: expected {nbytes} bytes, found {found}; the file is cut "
+            "off or damaged: copy or download it again"
+        )
+
+    def malformed(self, position: int, what: str) -> FormatError:
+        return FormatError(f"{self.name}: byte {position}: {what}; the file is damaged or not BSON")
+
+    def need(self, position: int, nbytes: int, limit: int) -> None:
+        if limit - position >= nbytes:
+            return
+        if limit == len(self.buffer):
+            raise self.truncated(position, nbytes, max(limit - position, 0))
+        raise self.malformed(position, f"{nbytes} bytes do not fit into the enclosing document")
+
+    def int32(self, position: int, limit: int) -> int:
+        self.need(position, 4, limit)
+        value: int = INT32.unpack_from(self.buffer, position)[0]
+        return value
+
+    def document(
+        self, start: int, limit: int, depth: int, is_array: bool = False
+    ) -> tuple[dict[str, Any] | list[Any], int]:
+        """Return the document at `start` and the offset just after it."""
+        if depth > MAX_DEPTH:
+            raise self.malformed(start, f"documents are nested deeper than {MAX_DEPTH} levels")
+        nbytes = self.int32(start, limit)
+        if nbytes != -1:
+            if nbytes < 5:
+                raise self.malformed(start, f"expected a document of 5 bytes or more, not {nbytes}")
+            self.need(start, nbytes, limit)
+            limit = start + nbytes
+            if nbytes < self.slot_nbytes:
+                return self.decode_whole(start, limit, is_array), limit
+        keys, values, end = self.elements(start + 4, limit, depth)
+        if nbytes != -1 and end != limit:
+            raise self.malformed(
+                end, f"a document of {nbytes} bytes ends {limit - end} bytes early"
+            )
+        return (values if is_array else dict(zip(keys, values, strict=True))), end
+
+    def elements(self, position: int, limit: int, depth: int) -> tuple[list[str], list[Any], int]:
+        keys: list[str] = []
+        values: list[Any] = []
+        while True:
+            self.need(position, 1, limit)
+            kind = self.buffer[position]
+            if kind == 0:
+                return keys, values, position + 1
+            name_end = self.buffer.find(
+                b"\0", position + 1, min(limit, position + 2 + MAX_NAME_NBYTES)
+            )
+            if name_end < 0:
+                if limit - position <= MAX_NAME_NBYTES:
+                    self.need(position, limit - position + 1, limit)
+                raise self.malformed(position, f"a name is longer than {MAX_NAME_NBYTES} bytes")
+            keys.append(self.text(position + 1, name_end))
+            value, position = self.value(kind, name_end + 1, limit, depth)
+            values.append(value)
+
+    def text(self, start: int, stop: int) -> str:
+        try:
+            return bytes(self.buffer[start:stop]).decode()
+        except UnicodeDecodeError:
+            raise self.malformed(start, "text is not UTF-8") from None
+
+    def value(self, kind: int, position: int, limit: int, depth: int) -> tuple[Any, int]:
+        if kind in (3, 4):
+            return self.document(position, limit, depth + 1, is_array=kind == 4)
+        if kind == 5:
+            return self.binary(position, limit)
+        if kind == 2:
+            nbytes = self.int32(position, limit)
+            self.need(position + 4, max(nbytes, 1), limit)
+            end = position + 4 + nbytes
+            if nbytes < 1 or self.buffer[end - 1] != 0:
+                raise self.malformed(position, "a string lacks its terminator")
+            return self.text(position + 4, end - 1), end
+        return self.scalar(kind, position, limit)
+
+    def binary(self, position: int, limit: int) -> tuple[bytes | Slot, int]:
+        nbytes = self.int32(position, limit)
+        if nbytes < 0:
+            raise self.malformed(position, f"a binary has {nbytes} bytes")
+        start = position + 5
+        self.need(position + 4, nbytes + 1, limit)
+        if self.buffer[position + 4] != 0:
+            raise self.malformed(position, "a binary is not of subtype 0")
+        if nbytes >= self.slot_nbytes:
+            return Slot(start, nbytes), start + nbytes
+        return bytes(self.buffer[start : start + nbytes]), start + nbytes
+
+    def scalar(self, kind: int, position: int, limit: int) -> tuple[Any, int]:
+        nbytes = {0x01: 8, 0x08: 1, 0x0A: 0, 0x10: 4, 0x12: 8}.get(kind)
+        if nbytes is None:
+            raise self.foreign(kind, position)
+        self.need(position, nbytes, limit)
+        value: Any = None
+        if kind == 0x01:
+            value = DOUBLE.unpack_from(self.buffer, position)[0]
+        elif kind == 0x08:
+            value = self.buffer[position] != 0
+        elif kind == 0x10:
+            value = INT32.unpack_from(self.buffer, position)[0]
+        elif kind == 0x12:
+            value = int64()(INT64.unpack_from(self.buffer, position)[0])
+        return value, position + nbytes
+
+    def foreign(self, kind: int, position: int) -> FormatError:
+        if kind not in _FOREIGN_KINDS:
+            return self.malformed(position, f"0x{kind:02x} is no BSON element type")
+        return FormatError(
+            f"{self.name}: byte {position}: found an element of type {_FOREIGN_KINDS[kind]}, which "
+            "BSON.jl never writes; this is a MongoDB document: read it with PyMongo or bsondump"
+        )
+
+    def decode_whole(self, start: int, end: int, is_array: bool) -> dict[str, Any] | list[Any]:
+        """Decode a small document with PyMongo's codec, which checks every length in it."""
+        import bson
+
+        document = memoryview(self.buffer)[start:end]
+        try:
+            if not is_array:
+                decoded: dict[str, Any] = bson.decode(document)
+                return decoded
+            framed = INT32.pack(end - start + 7) + b"\x04\0" + document + b"\0"
+            elements: list[Any] = bson.decode(framed)[""]
+            return elements
+        except (bson.errors.BSONError, ValueError, OverflowError, RecursionError) as error:
+            raise self.malformed(start, f"PyMongo's codec says: {error}") from error
+        finally:
+            document.release()
