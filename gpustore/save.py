@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpustore import devices, document, storage, transfer, tree
 from gpustore.digest import hasher
@@ -19,8 +20,12 @@ from gpustore.typeof import numpy_dtype
 from gpustore.values import Entries
 from gpustore.version import __version__
 
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
 WRITER = f"gpustore {__version__}"
 _GATHER_NBYTES = 1024 * 1024  # smaller pieces are gathered into writes of this size
+BESIDE_NBYTES = 1024 * 1024  # chunks from this size on are hashed beside the writing
 Progress = Callable[[int, int], None]
 
 
@@ -164,30 +169,67 @@ def write_plan(
     path: str | os.PathLike[str], plan: Plan, durable: bool, progress: Progress | None
 ) -> None:
     """Stream a plan into a new file at `path`, filling in the digests on the way."""
-    whole = hasher()
-    with storage.replacing(path, nbytes=plan.nbytes, durable=durable) as file:
+    is_large = any(payload.nbytes >= BESIDE_NBYTES for payload in plan.payloads)
+    with (
+        storage.replacing(path, nbytes=plan.nbytes, durable=durable) as file,
+        _hashing_thread() if is_large else contextlib.nullcontext() as beside,
+    ):
         out = _Output(file.write, plan.nbytes, progress)
-        if plan.places:
-            _write_detached(file, out, plan)
-            return
-        for index, payload in enumerate(plan.payloads):
-            whole.update(plan.structures[index])
-            out.write(plan.structures[index])
-            payload_hasher = whole if payload.is_bare else hasher(payload.nbytes)
-            for chunk in payload.chunks():
-                payload_hasher.update(chunk)
-                out.write(chunk)
-            if not payload.is_bare:
-                plan.structures[index + 1][PAYLOAD_DIGEST] = payload_hasher.digest()
-        last = plan.structures[-1]
-        whole.update(last[: STRUCTURE_DIGEST.start])
-        whole.update(last[STRUCTURE_DIGEST.stop :])
-        last[STRUCTURE_DIGEST] = whole.digest()
-        out.write(last)
-        out.flush()
+        write = _write_detached if plan.places else _write_inline
+        write(file, out, plan, beside)
 
 
-def _write_detached(file: storage.NewFile, out: _Output, plan: Plan) -> None:
+@contextlib.contextmanager
+def _hashing_thread() -> Iterator[ThreadPoolExecutor]:
+    """Give one thread that hashes while another writes."""
+    from concurrent.futures import ThreadPoolExecutor  # 10 ms, for large arrays only
+
+    with ThreadPoolExecutor(1, "gpustore-hashing") as beside:
+        yield beside
+
+
+def _stream(payload: Payload, out: _Output, beside: ThreadPoolExecutor | None, into: Any) -> None:
+    """Write the chunks of a payload and hash them, large ones on the thread beside."""
+    for chunk in payload.chunks():
+        if beside is None or chunk.nbytes < BESIDE_NBYTES:
+            into.update(chunk)
+            out.write(chunk)
+            continue
+        hashing = beside.submit(into.update, chunk)
+        try:
+            out.write(chunk)
+        finally:
+            hashing.result()
+
+
+def _write_inline(
+    file: storage.NewFile, out: _Output, plan: Plan, beside: ThreadPoolExecutor | None
+) -> None:
+    """Write structures and payloads in turn; the digest of a payload follows it."""
+    whole = hasher()
+    for index, payload in enumerate(plan.payloads):
+        whole.update(plan.structures[index])
+        out.write(plan.structures[index])
+        into = whole if payload.is_bare else _payload_hasher(payload, beside)
+        _stream(payload, out, beside, into)
+        if not payload.is_bare:
+            plan.structures[index + 1][PAYLOAD_DIGEST] = into.digest()
+    last = plan.structures[-1]
+    whole.update(last[: STRUCTURE_DIGEST.start])
+    whole.update(last[STRUCTURE_DIGEST.stop :])
+    last[STRUCTURE_DIGEST] = whole.digest()
+    out.write(last)
+    out.flush()
+
+
+def _payload_hasher(payload: Payload, beside: ThreadPoolExecutor | None) -> Any:
+    """Return a hasher of one thread where another one writes, else of as many as pay."""
+    return hasher(payload.nbytes, threads=None if beside is None else 1)
+
+
+def _write_detached(
+    file: storage.NewFile, out: _Output, plan: Plan, beside: ThreadPoolExecutor | None
+) -> None:
     """Stream the payloads to their places, then the document, which holds their digests."""
     (structure,) = plan.structures
     position, gaps = len(structure), []
@@ -195,11 +237,9 @@ def _write_detached(file: storage.NewFile, out: _Output, plan: Plan) -> None:
     for payload, place in zip(plan.payloads, plan.places, strict=True):
         gaps.append(bytes(place.offset - position))
         out.write(gaps[-1])
-        payload_hasher = hasher(payload.nbytes)
-        for chunk in payload.chunks():
-            payload_hasher.update(chunk)
-            out.write(chunk)
-        structure[place.digest] = payload_hasher.digest()
+        into = _payload_hasher(payload, beside)
+        _stream(payload, out, beside, into)
+        structure[place.digest] = into.digest()
         position = place.offset + payload.nbytes
     out.flush()
     whole = hasher()
