@@ -74,25 +74,53 @@ class Runner:
         self.code: Code | None = None
 
     def __call__(self, function: OpaqueFunction, args: tuple[Any, ...], options: Any) -> Any:
-        """Return what the function gives for these arguments.
+        """Return what the function gives for these arguments, within the limits.
 
-        Raises OpaqueCodeError, naming it, for a Julia function that is not on the list.
+        Those of the call from outside hold for all calls inside. Raises OpaqueCodeError, naming it,
+        for a Julia function that is not on the list.
         """
         own = self.functions.get(function.__name__)
         if own is not None:
             return own(*args, **options)
-        if isinstance(function.type, JuliaType):
-            return self.named(function, args, options)
-        if self.code is None:
-            self.code = read_code(function, self.lift)
-        method = next((m for m in self.code.methods if m.takes(len(args))), None)
-        if method is None or options:
+        if _running.get() is not None:
+            return self.called(function, args, options)
+        token = _running.set(_Budget())
+        try:
+            return self.called(function, args, options)
+        except GpustoreError:
+            raise
+        except _FAILURES as error:
+            what = f"{type(error).__name__}: {error}"
+            raise OpaqueCodeError(f"{function.__name__}: {what}") from error
+        except RecursionError as error:
+            raise OpaqueCodeError(f"{function.__name__}: its calls are nested too deep") from error
+        finally:
+            _running.reset(token)
+
+    def called(self, function: OpaqueFunction, args: tuple[Any, ...], options: Any) -> Any:
+        """Call a function by its name or its code; `_running` is set."""
+        budget = _running.get()
+        assert budget is not None
+        budget.depth += 1
+        if budget.depth > MAX_DEPTH:
             raise OpaqueCodeError(
-                f"{function.__name__}: no method takes {len(args)} arguments"
-                + (" and keywords" if options else "")
+                f"{function.__name__}: its calls are nested deeper than {MAX_DEPTH}"
             )
-        captured = dict(zip(self.code.captured, function.captured, strict=False))
-        return self.limited(function.__name__, method, captured, args)
+        try:
+            if isinstance(function.type, JuliaType):
+                return self.named(function, args, options)
+            if self.code is None:
+                self.code = read_code(function, self.lift)
+            method = next((m for m in self.code.methods if m.takes(len(args))), None)
+            if method is None or options:
+                raise OpaqueCodeError(
+                    f"{function.__name__}: no method takes {len(args)} arguments"
+                    + (" and keywords" if options else "")
+                )
+            captured = dict(zip(self.code.captured, function.captured, strict=False))
+            return _Frame(self, method, captured, args, budget).run()
+        finally:
+            budget.depth -= 1
 
     def named(self, function: OpaqueFunction, args: tuple[Any, ...], options: Any) -> Any:
         """Call a function that the file holds by name, or one composed of others."""
@@ -106,29 +134,6 @@ class Runner:
             return _called(parts[0], (_called(parts[1], args, options),), {})
         module, _, bare = name.rpartition(".")
         return self.resolved(Global(module, bare.removeprefix("#")))(*args, **options)
-
-    def limited(self, name: str, method: Method, captured: dict[str, Any], args: Any) -> Any:
-        """Run a method within the limits; those of the call from outside hold for all inside."""
-        budget = _running.get()
-        if budget is None:
-            token = _running.set(_Budget())
-            try:
-                return self.limited(name, method, captured, args)
-            except _FAILURES as error:
-                if isinstance(error, GpustoreError):
-                    raise
-                raise OpaqueCodeError(f"{name}: {type(error).__name__}: {error}") from error
-            except RecursionError as error:
-                raise OpaqueCodeError(f"{name}: its calls are nested too deep") from error
-            finally:
-                _running.reset(token)
-        budget.depth += 1
-        if budget.depth > MAX_DEPTH:
-            raise OpaqueCodeError(f"{name}: its calls are nested deeper than {MAX_DEPTH}")
-        try:
-            return _Frame(self, method, captured, args, budget).run()
-        finally:
-            budget.depth -= 1
 
     def resolved(self, name: Global) -> Any:
         """Return what a global name stands for."""
