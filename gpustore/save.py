@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,8 @@ def save(
         root = in_layout(root, flux)
     if on_gpu == "error":
         _refuse_gpu_arrays(root)
-    plan = plan_of(root, tag_devices=on_gpu == "tag", layout=layout)
+    with paused_collector():
+        plan = plan_of(root, tag_devices=on_gpu == "tag", layout=layout)
     write_plan(path, plan, durable, progress)
 
 
@@ -107,6 +109,21 @@ def _refuse_gpu_arrays(root: Any) -> None:
             f"on_gpu='error': {len(found)} arrays are on a GPU: {', '.join(found[:20])}; save "
             "cpu(model), or leave on_gpu at 'transfer'"
         )
+
+
+@contextlib.contextmanager
+def paused_collector() -> Iterator[None]:
+    """Hold back the cyclic garbage collector, which else goes over all that is made time and again.
+
+    What is made here stays alive until the end, so there is nothing to collect.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def plan_of(root: Any, *, tag_devices: bool, layout: str = "auto") -> Plan:
