@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gpustore import devices, document, storage, transfer, tree
 from gpustore.digest import hasher
 from gpustore.document import PAYLOAD_DIGEST, STRUCTURE_DIGEST, Payload, Plan, Slot
@@ -132,7 +134,8 @@ def plan_of(root: Any, *, tag_devices: bool, layout: str = "auto") -> Plan:
     def make_payload(array: Any, order: str) -> Payload:
         return transfer.payload_of(array, numpy_dtype(array), order)
 
-    lowerer = Lowerer(make_payload, _arrays_in_layers(root), tag_devices, _spelling(root))
+    column_major, spelling = _surveyed(root)
+    lowerer = Lowerer(make_payload, column_major, tag_devices, spelling)
     try:
         return document.plan(_lower_root(lowerer, root), writer=WRITER, layout=layout)
     except RecursionError:
@@ -141,28 +144,34 @@ def plan_of(root: Any, *, tag_devices: bool, layout: str = "auto") -> Plan:
         ) from None
 
 
-def _arrays_in_layers(root: Any) -> set[int]:
-    """Return the ids of arrays that are fields of layers, which Julia holds column-major."""
+def _surveyed(root: Any) -> tuple[set[int], frozenset[str]]:
+    """Return the ids of arrays that Julia holds column-major, as fields of layers; and a spelling.
+
+    That is which of Core and Base the file these values came from calls Main's.
+    """
     ids: set[int] = set()
+    spelling = root.spelling if isinstance(root, Entries) else None
     for _, node in tree.walk(root):
+        if type(node) is np.ndarray:
+            continue
         kind = kind_of(node)
         if kind is not None and kind.is_layer:
             ids.update(id(getattr(node, name, None)) for name in kind.fields)
-    return ids
+        if spelling is None:
+            spelling = _spelling_of(node)
+    return ids, spelling or frozenset()
 
 
-def _spelling(root: Any) -> frozenset[str]:
-    """Return those of Core and Base that the file these values came from calls Main's."""
-    if isinstance(root, Entries):
-        return root.spelling
-    for _, node in tree.walk(root):
-        own = getattr(node, "julia_type", None) or getattr(node, "type", None)
-        if isinstance(own, JuliaType):
-            paths = [own.path, *(p.path for p in own.params if isinstance(p, JuliaType))]
-            main = {path[1] for path in paths if len(path) > 2 and path[0] == "Main"}
-            if main & {"Core", "Base"}:
-                return frozenset({"Core", "Base"} if "Core" in main else {"Base"})
-    return frozenset()
+def _spelling_of(node: Any) -> frozenset[str] | None:
+    """Return the spelling that the type of one value shows, or None where it shows none."""
+    own = getattr(node, "julia_type", None) or getattr(node, "type", None)
+    if not isinstance(own, JuliaType):
+        return None
+    paths = [own.path, *(param.path for param in own.params if isinstance(param, JuliaType))]
+    main = {path[1] for path in paths if len(path) > 2 and path[0] == "Main"}
+    if not main & {"Core", "Base"}:
+        return None
+    return frozenset({"Core", "Base"} if "Core" in main else {"Base"})
 
 
 def _lower_root(lowerer: Lowerer, root: Any) -> dict[str, Any]:
