@@ -34,6 +34,7 @@ from gpustore.functions import flatten, hcat, normalise, vcat
 from gpustore.julia import JuliaType, LostArray, NamedTuple, OpaqueFunction, Struct, Symbol
 from gpustore.layers import Chain, Dense, glorot_normal, glorot_uniform
 from gpustore.load import StoredFile, load, open_file
+from gpustore.model_state import loadmodel, state
 from gpustore.normalisation import (
     AlphaDropout,
     BatchNorm,
@@ -61,12 +62,10 @@ from gpustore.tree import (
     data,
     device_of,
     gpu,
-    loadmodel,
     loadparams,
     param,
     params,
     reset,
-    state,
     testmode,
 )
 from gpustore.values import Char, DataFrame, JuliaDict, JuliaSet, Range, missing

@@ -19,6 +19,7 @@ from gpustore.errors import MismatchError, UnsupportedValueError
 from gpustore.functions import normalise
 from gpustore.layers import activate, column, plain, printed, show
 
+STATISTIC = {"trainable": False}
 _EPS, _MOMENTUM = np.float32(1e-5), np.float32(0.1)
 
 
@@ -47,6 +48,8 @@ def _standardised(layer: Any, x: Any, axes: tuple[int, ...], shape: tuple[int, .
     """
     dtype = x.dtype
     μ, σ2 = plain(layer.μ), plain(layer.σ2)
+    if float(plain(layer.ε)) == 1e-8 and getattr(layer, "julia_kind", None) and σ2 is not None:
+        σ2 = σ2 * σ2  # Flux up to 0.6, known by its ε, stored the deviation
     if layer.active is not True and layer.track_stats and μ is not None:
         μ, σ2 = (v.astype(dtype, copy=False).reshape(shape) for v in (μ, σ2))
     else:
@@ -118,8 +121,8 @@ class BatchNorm:
     λ: Any
     β: Any
     γ: Any
-    μ: Any
-    σ2: Any
+    μ: Any = field(metadata=STATISTIC)
+    σ2: Any = field(metadata=STATISTIC)
     ε: Any
     momentum: Any
     affine: Any = True
@@ -161,8 +164,8 @@ class InstanceNorm:
     λ: Any
     β: Any
     γ: Any
-    μ: Any
-    σ2: Any
+    μ: Any = field(metadata=STATISTIC)
+    σ2: Any = field(metadata=STATISTIC)
     ε: Any
     momentum: Any
     affine: Any = True
@@ -204,8 +207,8 @@ class GroupNorm:
     λ: Any
     β: Any
     γ: Any
-    μ: Any
-    σ2: Any
+    μ: Any = field(metadata=STATISTIC)
+    σ2: Any = field(metadata=STATISTIC)
     ε: Any
     momentum: Any
     affine: Any = True

@@ -8,7 +8,7 @@ sequence (features, time) or (features, time, batch).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,9 @@ def _columns(v: Any) -> Any:
     return v if v.ndim == 2 else v.reshape(-1, 1)
 
 
+ERA = {"era": True}  # a field that only files of some versions have
+
+
 class _Cell:
     """What the cells share: their construction, their start, and the shapes of a step."""
 
@@ -49,7 +52,7 @@ class _Cell:
 
     def initialstates(self) -> State:
         """Return the state before the first step: what the file says, else zeros (out,)."""
-        found = self.__dict__.get("state0", self.__dict__.get("h"))
+        found = getattr(self, "state0", None)
         if found is None:
             weight = plain(self.Wh)
             return np.zeros_like(weight, shape=(weight.shape[1],))
@@ -109,6 +112,7 @@ class RNNCell(_Cell):
     Wi: Any
     Wh: Any
     bias: Any
+    state0: Any = field(default=None, metadata=ERA)
 
     def __init__(
         self, *sizes: Any, σ: Any = tanh, bias: Any = True, rng: Any = None,
@@ -128,6 +132,9 @@ class LSTMCell(_Cell):
     Wi: Any
     Wh: Any
     bias: Any
+    state0: Any = field(default=None, metadata=ERA)
+    h: Any = field(default=None, metadata=ERA)
+    c: Any = field(default=None, metadata=ERA)
 
     gates = 4
 
@@ -139,11 +146,10 @@ class LSTMCell(_Cell):
 
     def initialstates(self) -> State:
         """Return (h, c) before the first step: what the file says, else zeros (out,) each."""
-        own = self.__dict__
-        if "state0" in own:
-            return tuple(plain(part) for part in own["state0"])
-        if "h" in own and "c" in own:
-            return plain(own["h"]), plain(own["c"])
+        if self.state0 is not None:
+            return tuple(plain(part) for part in self.state0)
+        if self.h is not None and self.c is not None:
+            return plain(self.h), plain(self.c)
         start = super().initialstates()
         return start, start
 
@@ -162,6 +168,7 @@ class GRUCell(_Cell):
     Wi: Any
     Wh: Any
     b: Any
+    state0: Any = field(default=None, metadata=ERA)
 
     gates = 3
 
@@ -186,6 +193,7 @@ class GRUv3Cell(_Cell):
     Wh: Any
     b: Any
     Wh_h̃: Any
+    state0: Any = field(default=None, metadata=ERA)
 
     gates = 3
 
@@ -215,7 +223,8 @@ class Recur:
     """
 
     cell: Any
-    state: Any
+    state: Any = field(metadata={"trainable": False})
+    init: Any = field(default=None, metadata=ERA)
 
     def __init__(self, cell: Any) -> None:
         self.cell, self.state = cell, cell.initialstates()
@@ -233,8 +242,7 @@ class Recur:
 
     def reset(self) -> None:
         """Put the state back to what it is before the first step."""
-        init = self.__dict__.get("init")
-        self.state = self.cell.initialstates() if init is None else init
+        self.state = self.cell.initialstates() if self.init is None else self.init
 
     @printed
     def __repr__(self) -> str:

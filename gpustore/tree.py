@@ -18,7 +18,6 @@ import numpy as np
 
 from gpustore import devices
 from gpustore.errors import MismatchError
-from gpustore.julia import NamedTuple
 
 
 @dataclass(slots=True, eq=False)
@@ -82,12 +81,24 @@ class Params:
 
 
 @functools.cache
-def _field_names(cls: type) -> tuple[str, ...]:
-    return tuple(f.name for f in dataclasses.fields(cls) if not f.metadata.get("leaf"))
+def _field_names(cls: type, is_trainable: bool = False) -> tuple[tuple[str, bool], ...]:
+    """Return the names of the fields that are entered, and whether only where they hold something.
+
+    A field's metadata say so: `leaf` is not entered, `trainable: False` is no parameter, `era` is
+    one that only layers of some versions of Flux have.
+    """
+    found = []
+    for entry in dataclasses.fields(cls):
+        is_left_out = is_trainable and not entry.metadata.get("trainable", True)
+        if not entry.metadata.get("leaf") and not is_left_out:
+            found.append((entry.name, bool(entry.metadata.get("era"))))
+    return tuple(found)
 
 
-def children(node: Any) -> list[tuple[str, Any]]:
+def children(node: Any, *, is_trainable: bool = False) -> list[tuple[str, Any]]:
     """Return the children of a container as (path suffix, child); of a leaf, nothing.
+
+    With `is_trainable` those that are no parameters, such as running statistics, are left out.
 
     >>> children({"a": 1})
     [("['a']", 1)]
@@ -99,12 +110,18 @@ def children(node: Any) -> list[tuple[str, Any]]:
     if isinstance(node, (list, tuple)):
         return [(f"[{index}]", child) for index, child in enumerate(node)]
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        names = _field_names(type(node))
-        return [(f".{name}", getattr(node, name)) for name in names if hasattr(node, name)]
+        parts = (
+            (f".{name}", getattr(node, name), is_of_era)
+            for name, is_of_era in _field_names(type(node), is_trainable)
+            if hasattr(node, name)
+        )
+        return [(suffix, part) for suffix, part, of_era in parts if not (of_era and part is None)]
     return []
 
 
-def walk(root: Any, path: str | None = "") -> Iterator[tuple[str, Any]]:
+def walk(
+    root: Any, path: str | None = "", *, is_trainable: bool = False
+) -> Iterator[tuple[str, Any]]:
     """Yield (path, node) for `root` and all below it, in order; a shared container once.
 
     With None for the path of a dict, those of its children are their keys.
@@ -115,7 +132,7 @@ def walk(root: Any, path: str | None = "") -> Iterator[tuple[str, Any]]:
         stack = [(str(key), child) for key, child in reversed(root.items())]
     while stack:
         path, node = stack.pop()
-        below = children(node)
+        below = children(node, is_trainable=is_trainable)
         if below or isinstance(node, (dict, list)):
             if id(node) in seen:
                 continue
@@ -164,7 +181,7 @@ def rebuild(root: Any, replace: Callable[[Any], Any]) -> Any:
                 new[key] = visit(node[key])
         elif dataclasses.is_dataclass(node) and not isinstance(node, type):
             new = memo[id(node)] = copy.copy(node)
-            for name in _field_names(type(node)):
+            for name, _ in _field_names(type(node)):
                 if hasattr(node, name):
                     object.__setattr__(new, name, visit(getattr(node, name)))
         memo[id(node)] = new
@@ -271,7 +288,8 @@ def data(x: Any) -> Any:
 def params(x: Any) -> list[Any]:
     """Return the model's parameters in Flux's order: fields in turn, depth first, each once.
 
-    They are the arrays themselves (or TrackedArrays), not copies, of any numeric dtype.
+    They are the arrays themselves (or TrackedArrays), not copies, of any numeric dtype; running
+    statistics and the state of Recur are none.
 
     >>> params({"w": np.zeros((1, 2)), "b": [np.ones(1)]})
     [array([[0., 0.]]), array([1.])]
@@ -281,7 +299,7 @@ def params(x: Any) -> list[Any]:
     found: list[Any] = []
     seen: set[int] = set()
     inside: set[int] = set()  # what belongs to a TrackedArray
-    for _, node in walk(x):
+    for _, node in walk(x, is_trainable=True):
         if isinstance(node, TrackedArray):
             inside.update(id(part) for _, part in walk([node.data, node.grad, node.tracker]))
         elif not (devices.is_array(node) and is_numeric(node)):
@@ -315,17 +333,17 @@ def loadparams(model: Any, weights: Any) -> None:
             "as it was when the weights were saved"
         )
     pairs = [(f"weights[{i}]", t, s) for i, (t, s) in enumerate(zip(targets, sources, strict=True))]
-    _copy_all("loadparams", pairs, [])
+    copy_all("loadparams", pairs, [])
 
 
-def _copy_all(where: str, pairs: list[tuple[str, Any, Any]], problems: list[str]) -> None:
+def copy_all(where: str, pairs: list[tuple[str, Any, Any]], problems: list[str]) -> None:
     """Copy each source into its target once all of them are known to fit."""
     for path, target, source in pairs:
         if tuple(target.shape) != tuple(source.shape):
             problems.append(
                 f"{path}: expected shape {tuple(target.shape)}, found {tuple(source.shape)}"
             )
-        elif not np.can_cast(_dtype(source), _dtype(target), "same_kind"):
+        elif not np.can_cast(dtype_of_array(source), dtype_of_array(target), "same_kind"):
             problems.append(f"{path}: expected {target.dtype}, found {source.dtype}")
     if problems:
         raise MismatchError(f"{where}: " + "; ".join(problems) + "; nothing was changed")
@@ -333,90 +351,11 @@ def _copy_all(where: str, pairs: list[tuple[str, Any, Any]], problems: list[str]
         target[...] = to_device(source, devices.array_device(target))
 
 
-def _dtype(array: Any) -> Any:
+def dtype_of_array(array: Any) -> Any:
     return array.dtype if isinstance(array.dtype, np.dtype) else np.dtype(str(array.dtype))
 
 
-# --- state ------------------------------------------------------------------------------------
-
-
-def state(x: Any) -> Any:
-    """Return the model's values without its types, as `Flux.state`: NamedTuples, dicts and tuples.
-
-    Arrays (not copied), numbers, booleans and None stay; what has no values (a function) is ().
-
-    >>> state([1.5, abs, None])
-    (1.5, (), None)
-    """
-    if isinstance(x, TrackedArray):
-        return x.data
-    if devices.is_array(x) or x is None or isinstance(x, (bool, int, float, complex, np.generic)):
-        return x
-    if isinstance(x, dict):
-        kind = NamedTuple if isinstance(x, NamedTuple) else dict
-        return kind((key, state(child)) for key, child in x.items())
-    if isinstance(x, (list, tuple)) and not hasattr(x, "_fields"):
-        return tuple(state(child) for child in x)
-    below = children(x)
-    names = (suffix[1:] for suffix, _ in below)
-    parts = [
-        (_AS_JULIA.get(name, name), state(child))
-        for name, (_, child) in zip(names, below, strict=True)
-    ]
-    return NamedTuple(parts) if below else ()
-
-
-_AS_JULIA = {"σ2": "σ²", "ε": "ϵ"}  # names of fields that Python spells otherwise
-_AS_PYTHON = {julia: python for python, julia in _AS_JULIA.items()}
-
-
-def loadmodel(dst: Any, src: Any) -> Any:
-    """Copy all arrays of `src` (a model or a `state` of one) into `dst` and return `dst`.
-
-    Numbers and functions of `dst` stay as they are, as in Flux. Raises MismatchError naming
-    every difference in structure or shape; then nothing has been changed.
-
-    >>> loadmodel({"w": np.zeros(2)}, {"w": np.ones(2)})
-    {'w': array([1., 1.])}
-    """
-    pairs: list[tuple[str, Any, Any]] = []
-    problems: list[str] = []
-    _pair(data(dst), state(src), "model", pairs, problems)
-    _copy_all("loadmodel", pairs, problems)
-    return dst
-
-
-def _pair(
-    dst: Any, src: Any, path: str, pairs: list[tuple[str, Any, Any]], problems: list[str]
-) -> None:
-    if devices.is_array(dst):
-        if devices.is_array(src):
-            pairs.append((path, dst, src))
-        elif src is False:  # a layer without bias: Flux loads zeros
-            pairs.append((path, dst, np.zeros(tuple(dst.shape), _dtype(dst))))
-        else:
-            problems.append(f"{path}: expected an array, found {type(src).__name__}")
-        return
-    if dst is False and devices.is_array(src):
-        if bool((src != 0).any()):
-            problems.append(f"{path}: expected no bias, found one that is not zero")
-        return
-    below, found = dict(children(dst)), _by_suffix(dst, src)
-    if isinstance(dst, (dict, list, tuple)) and below.keys() != found.keys():
-        problems.append(f"{path}: expected {len(below)} parts, found {len(found)} or other names")
-        return
-    for suffix, child in below.items():
-        if suffix in found:
-            _pair(child, found[suffix], path + suffix, pairs, problems)
-        elif next(arrays(walk(child)), None) is not None:
-            problems.append(f"{path}{suffix}: expected arrays, found nothing")
-
-
-def _by_suffix(dst: Any, src: Any) -> dict[str, Any]:
-    """Return the parts of a state under the path suffixes of the container they belong to."""
-    if isinstance(src, dict) and not isinstance(dst, dict):
-        return {f".{_AS_PYTHON.get(name, name)}": child for name, child in src.items()}
-    return dict(children(src))
+# --- layers that hold a state or a mode ---------------------------------------------------------
 
 
 def reset(model: Any) -> None:
@@ -435,6 +374,6 @@ def testmode(model: Any, mode: bool | None = True) -> Any:
     active = None if mode is None else not mode
     for _, node in walk(model):
         cls: type = type(node)
-        if dataclasses.is_dataclass(cls) and "active" in _field_names(cls):
+        if dataclasses.is_dataclass(cls) and ("active", False) in _field_names(cls):
             node.active = active
     return model

@@ -24,6 +24,7 @@ ORDER = [
     "storage",
     "julia",
     "tree",
+    "model_state",
     "activations",
     "layers",
     "functions",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -304,6 +306,21 @@ def test_training_runs_on_the_device(cuda, name):
     layer, shape = MADE[name]
     found = gs.testmode(gs.gpu(layer), False)(gs.gpu(normal(*shape)))
     assert gs.device_of(found) == "cuda:0"
+
+
+def test_running_statistics_and_states_are_no_parameters():
+    norm = gs.BatchNorm(2)
+    assert [id(p) for p in gs.params(norm)] == [id(norm.β), id(norm.γ)]
+    recur = gs.Recur(gs.RNNCell(3, 5))
+    assert [p.shape for p in gs.params(recur)] == [(5, 3), (5, 5), (5,)]
+
+
+def test_a_state_from_a_file_moves_with_its_cell(cuda):
+    file = Path(__file__).parent / "fixtures" / "julia" / "lstm_flux07_v1.bson"
+    model = gs.gpu(gs.data(gs.load(file, "model")))
+    gs.reset(model)
+    width = gs.data(model[0].cell.Wi).shape[1]
+    assert gs.device_of(model(gs.gpu(np.ones((width, 2), "f4")))) == "cuda:0"
 
 
 def test_a_state_has_the_names_that_flux_gives():

@@ -53,6 +53,8 @@ def mutated(draw):
     document = copy.deepcopy(decoded(file))
     for _ in range(draw(st.integers(1, 3))):
         nodes = containers(document)
+        if not nodes:
+            break
         node = nodes[draw(st.integers(0, len(nodes) - 1))]
         keys = list(node) if isinstance(node, dict) else range(len(node))
         key = keys[draw(st.integers(0, len(keys) - 1))]
