@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpustore as gs
-from gpustore import code, interpret, tree
+from gpustore import interpret, listing, tree
 from gpustore.code import SSA, Code, Constant, Expr, Global, Goto, Method, Slot
 from gpustore.julia import OpaqueDocument, OpaqueFunction
 
@@ -61,20 +61,25 @@ def test_the_same_code_runs_on_the_device(cuda, name):
         ("conv_anon_flux07_v1", "model", "x -> reshape(x, :, size(x, 4))"),
         ("functions_v1", "anon", "x -> x^2 + 1"),
         ("functions_v1", "closure", "x -> a .* (W * x)"),
-        ("functions_v1", "f8", "(x...) -> f(g(x...))"),
-        ("composed_flux09_v2", "model", "(mx, x) -> cat(mx, x; dims = 1)"),
+        ("functions_v1", "f8", "x... -> f(g(x...))"),
+        ("composed_flux09_v2", "model", "(mx, x) -> cat(mx, x; dims=1)"),
     ],
 )
 def test_code_is_rendered_for_people(file, name, text):
     value = gs.load(FOLDER / f"{file}.bson", name)
     functions = [n for _, n in tree.walk(value) if isinstance(n, OpaqueFunction)]
-    assert text in [interpret.rendered(function) for function in functions]
+    assert text in [listing.render(function) for function in functions]
 
 
 def test_branches_are_rendered_as_lines():
     multi = gs.load(FOLDER / "functions_v1.bson", "multi")
-    text = interpret.rendered(multi)
-    assert "unless %2 goto 6" in text and "6: %6 = z + 1" in text
+    assert listing.render(multi).split("\n") == [
+        "(x, y) ->",
+        "  z = x * y",
+        "  goto 6 unless z > 1",
+        "  return z - 1",
+        "  6: return z + 1",
+    ]
 
 
 @pytest.mark.skipif(not WILD.exists(), reason="the folder of other people's files is not here")
@@ -87,8 +92,7 @@ def test_every_function_of_other_peoples_files_is_read_and_rendered():
             continue
         for _, node in tree.walk(root):
             if isinstance(node, OpaqueFunction) and isinstance(node.type, OpaqueDocument):
-                lines = code.render(code.read_code(node, node.run.lift))
-                assert lines and all(lines)
+                assert " ->" in listing.render(node)
                 count += 1
     assert count >= 30
 
@@ -169,13 +173,13 @@ def call(name, *args, module="Base"):
 
 
 def test_a_loop_without_end_is_stopped():
-    with pytest.raises(gs.OpaqueCodeError, match="more than 100000 steps"):
+    with pytest.raises(gs.OpaqueCodeError, match="more than 300000 steps"):
         function(Goto(1))(1)
 
 
 def test_a_function_that_calls_itself_for_ever_is_stopped():
     made = function(Expr("call", (Slot(2), Slot(2))), Expr("return", (SSA(1),)))
-    with pytest.raises(gs.OpaqueCodeError, match="nested"):
+    with pytest.raises(gs.OpaqueCodeError, match="levels deep|nested"):
         made(made)
 
 
@@ -265,7 +269,7 @@ def test_whatever_is_done_to_a_document_of_code_only_our_errors_come_out(data):
     with contextlib.suppress(gs.GpustoreError):
         twisted = OpaqueFunction(OpaqueDocument(document, source), [])
         twisted.run = interpret.Runner(made.run.lift, {})
-        interpret.rendered(twisted)
+        listing.render(twisted)
         twisted(1, 2)
 
 
