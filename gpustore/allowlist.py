@@ -106,7 +106,7 @@ def _is_a(x: Any, kind: Any) -> bool:
 
 
 def _eltype(x: Any) -> Function:
-    dtype = array(x).dtype if not is_number(x) or is_array(x) else np.asarray(x).dtype
+    dtype = getattr(array(x) if not is_number(x) else x, "dtype", None) or np.asarray(x).dtype
     for name, known in _DTYPES.items():
         if dtype == known:
             return TABLE[name]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import limits
+from gpustore import devices, limits
 from gpustore.arithmetic import as_dtype, is_array, is_number, number, promoted, settled
 from gpustore.errors import OpaqueCodeError
 from gpustore.layers import plain
@@ -120,7 +120,7 @@ def materialize(x: Any) -> Any:
     args = [_argument(materialize(arg)) for arg in x.args]
     if not any(is_array(arg) or isinstance(arg, (range, list)) for arg in args):
         return _of_tuples(x.function, args)
-    args = [collected(arg) for arg in args]
+    args = _together(args)
     if any(isinstance(arg, (tuple, list)) for arg in args):
         raise OpaqueCodeError("a broadcast over a list whose elements are not numbers")
     ndim = max(arg.ndim for arg in args if is_array(arg))
@@ -138,6 +138,18 @@ def materialize(x: Any) -> Any:
         return _one_by_one(x.function, args, shape)
     found = each(*(arg.value if isinstance(arg, Held) else arg for arg in args))
     return found if getattr(found, "shape", None) == shape else np.broadcast_to(found, shape).copy()
+
+
+def _together(args: list[Any]) -> list[Any]:
+    """Return tuples and ranges as arrays, on the device where the arrays are."""
+    there = {devices.array_device(arg) for arg in args if is_array(arg)} - {"cpu"}
+    found = []
+    for arg in args:
+        made = collected(arg)
+        if there and made is not arg and is_array(made):
+            made = devices.to_device(made, min(there))
+        found.append(made)
+    return found
 
 
 def _argument(x: Any) -> Any:

@@ -48,6 +48,11 @@ _LAZY = (
     "materialize",
     "tuple",
 )  # take a vector's adjoint as it is
+_WITHOUT_READING = (
+    "size", "length", "ndims", "axes", "getindex", "iterate", "indexed_iterate", "firstindex",
+    "lastindex", "eachindex", "first", "last", "tuple", "===", "!==", "isa", "eltype", "isnothing",
+    "broadcasted", "Ref", "=>", "zero", "oftype",
+)  # fmt: skip  # what these take does not grow with their arguments
 _FAILURES = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, MemoryError)
 Functions = Mapping[str, Callable[..., Any]]
 
@@ -187,7 +192,8 @@ def _called(function: Any, args: tuple[Any, ...], options: Any) -> Any:
         if function.name not in _LAZY:
             args = tuple(whole(arg) if isinstance(arg, Row) else arg for arg in args)
         value = function(*args, **options)
-        limits.take_elements(sum(map(_weight, (*args, value))))
+        read = () if function.name in _WITHOUT_READING else args
+        limits.take_elements(sum(map(_weight, (*read, value))))
         return value
     if function is None or not callable(function) or isinstance(function, type):
         raise OpaqueCodeError(f"the code in this file calls {function!r}, which is no function")

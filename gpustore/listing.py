@@ -34,7 +34,8 @@ _MAX_TEXT = 2000  # characters of a line
 _MAX_STRING = 80  # characters of a string in the code
 _PRECEDENCE = {
     **dict.fromkeys(("==", "!=", "<", "<=", ">", ">=", "===", "!==", "≈", "∈"), 1),
-    "=>": 0, ":": 2, "+": 3, "-": 3, "*": 4, "/": 4, "÷": 4, "%": 4, "∘": 4, "^": 6,
+    "=>": 0, "|>": 2, ":": 2, "+": 3, "-": 3, "|": 3, "*": 4, "/": 4, "÷": 4, "%": 4, "&": 4,
+    "⋅": 4, "∘": 4, "^": 6,
 }  # fmt: skip
 _PREFIX = 5
 _ATOM = 9
@@ -185,7 +186,8 @@ class _Listing:
             case SSA(number):
                 return f"v{number}", _ATOM
             case Slot(number):
-                return _readable(self.names.get(number, f"slot{number}")), _ATOM
+                known = "self" if number == 1 else self.names.get(number, f"slot{number}")
+                return _readable(known), _ATOM
             case Global():
                 return self.name(node), _ATOM
             case Expr("call", (called, *args)):
@@ -218,7 +220,7 @@ class _Listing:
                 return f"({self.joined(args)}{',' * (len(args) == 1)})", _ATOM
             case Global(name="vect"), _:
                 return f"[{self.joined(args)}]", _ATOM
-            case Global(name="adjoint"), [x]:
+            case Global(name="adjoint" | "'"), [x]:
                 return f"{self.show(x, _PREFIX)}'", _ATOM
             case Global("Core", "apply_type"), [kind, *params]:
                 return f"{self.show(kind)}{{{self.joined(params)}}}", _ATOM
@@ -263,7 +265,7 @@ class _Listing:
     def operator(self, called: Any, args: list[Any], dot: str) -> tuple[str, int]:
         name = called.name if isinstance(called, Global) else ""
         level = _PRECEDENCE.get(name)
-        if level is not None and len(args) >= 2 and (len(args) == 2 or name in "+*"):
+        if level is not None and len(args) >= 2 and (len(args) == 2 or name in "+*:"):
             space = "" if name in (":", "^") and not dot else " "
             parts = [self.part(args[0], level - 1 if name != "^" else level)]
             parts += [self.part(arg, level) for arg in args[1:]]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import limits
+from gpustore import devices, limits
 from gpustore.arithmetic import as_dtype, is_array, is_number, number, promoted, settled
 from gpustore.broadcasting import Row, bounded, collected, joined, whole
 from gpustore.errors import OpaqueCodeError
@@ -100,7 +100,13 @@ def cat(*xs: Any, dims: Any) -> Any:
     axis = axes(dims.value if isinstance(dims, Value) else dims)
     if not isinstance(axis, int):
         raise OpaqueCodeError("cat: one number for dims is expected")
-    parts = [collected(x) if not is_number(x) or is_array(x) else joined((x,)) for x in xs]
+    if any(isinstance(x, (tuple, list)) for x in xs):
+        raise OpaqueCodeError("cat: arrays and numbers are expected")
+    parts = [joined((x,)) if is_number(x) and not is_array(x) else array(x) for x in xs]
+    there = next((x for x in parts if devices.array_device(x) != "cpu"), parts[0])
+    parts = [
+        x if is_array(given) else _beside(x, there) for x, given in zip(parts, xs, strict=True)
+    ]
     ndim = max(axis + 1, *(x.ndim for x in parts))
     bounded((sum(math.prod(x.shape) for x in parts), ndim))
     shaped = [x.reshape(x.shape + (1,) * (ndim - x.ndim)) for x in promoted(*parts)]
@@ -209,6 +215,7 @@ def _linear(x: Any, index: Any) -> Any:
     if is_number(index) and not is_array(index):
         place = np.unravel_index(_place(index, math.prod(x.shape)), x.shape, order="F")
         return settled(x[place])
+    limits.take_elements(math.prod(x.shape) * (x.ndim > 1))
     flat = x if x.ndim == 1 else x.reshape(-1, order="F")
     if index is COLON:
         return flat
@@ -231,8 +238,15 @@ def _taken(x: Any, index: Any, axis: int) -> Any:
         raise OpaqueCodeError("an index is expected to be whole numbers, in a vector")
     if places.size and not 0 <= int(places.min()) <= int(places.max()) < count:
         raise OpaqueCodeError(f"an index is out of 1 to {count}")
+    places = _beside(places, x)
     bounded((*x.shape[:axis], places.size, *x.shape[axis + 1 :]))
     return x.take(places, axis=axis)
+
+
+def _beside(places: Any, x: Any) -> Any:
+    """Return indices on the device of the array they are for."""
+    device = devices.array_device(x)
+    return places if devices.array_device(places) == device else devices.to_device(places, device)
 
 
 def _slice(index: range, count: int) -> slice:
