@@ -303,8 +303,18 @@ def _arithmetic() -> list[Function]:
     ]  # fmt: skip
 
 
+def _of_reals(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def apply(x: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(x, complex) or getattr(getattr(x, "dtype", None), "kind", "") == "c":
+            raise OpaqueCodeError(f"{function.__name__}: real numbers are expected")
+        return function(whole(x), *args, **options)
+
+    return apply
+
+
 def _table() -> dict[str, Function]:
-    groups = _SHAPES | _ELEMENTS | _REDUCTIONS | _OTHERS
+    groups = _SHAPES | _ELEMENTS | _REDUCTIONS | _OTHERS | reductions.LOSSES
     table = {name: Function(name, call) for name, call in groups.items()}
     table["identity"] = Function("identity", activations.identity, activations.identity)
     table |= {name: elementwise(name, each) for name, each in _ELEMENTWISE.items()}
@@ -312,7 +322,7 @@ def _table() -> dict[str, Function]:
     for name, function in FUNCTIONS.items():
         bare = name.rpartition("#")[2]
         if bare not in table and name.startswith("NNlib"):
-            table[bare] = Function(bare, function, function)
+            table[bare] = Function(bare, _of_reals(function), _of_reals(function))
     table |= {name: _typed(name, dtype) for name, dtype in _DTYPES.items()}
     for name in (*_KINDS, *_ARRAYS, "Nothing"):
         table[name] = Function(name, _no_constructor)
@@ -340,6 +350,8 @@ CONSTANTS = {
 }  # fmt: skip
 MODULES = (
     "Base", "Core", "Flux", "NNlib", "Statistics", "LinearAlgebra", "Tracker", "Zygote", "MLUtils",
-    "Main",
+    "Losses", "Main",
 )  # fmt: skip
-QUALIFIED = ("normalise", "dropout", "unsqueeze", "batched_mul")  # not Main's: not exported
+QUALIFIED = (
+    "normalise", "dropout", "unsqueeze", "batched_mul", *reductions.LOSSES,
+)  # fmt: skip  # not Main's: not exported

@@ -137,7 +137,7 @@ class Runner:
             return CONSTANTS[name.name]
         if name.name in _SPECIAL:
             return _SPECIAL[name.name]
-        if name.name in MODULES or (name.module == "Flux" and name.name == "Losses"):
+        if name.name in MODULES:
             return Module(name.name)
         raise OpaqueCodeError(
             f"the code in this file uses {name}, which is not known here; supply it as "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -147,7 +148,11 @@ def reduction(function: Callable[..., Any], dtype: Any = None) -> Callable[..., 
         axis = axes(dims)
         if axis is not None:
             axis = tuple(a for a in (axis if isinstance(axis, tuple) else (axis,)) if a < x.ndim)
-        found = function(x, axis=axis, keepdims=axis is not None, **options)
+        count = math.prod(x.shape if axis is None else [x.shape[a] for a in axis])
+        with warnings.catch_warnings():
+            if count <= int(corrected or 0):  # NaN, of which NumPy warns and Julia does not
+                warnings.simplefilter("ignore", RuntimeWarning)
+            found = function(x, axis=axis, keepdims=axis is not None, **options)
         return settled(found)
 
     return apply
@@ -184,3 +189,48 @@ def only_numbers(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def elementwise(name: str, function: Callable[..., Any]) -> Function:
     return Function(name, only_numbers(name, function), function)
+
+
+# --- losses of Flux (Flux.Losses) ---------------------------------------------------------------
+
+
+def loss(terms: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a loss of Flux: the mean, or what `agg` gives, of `terms(ŷ, y, dims, ϵ)`."""
+
+    def apply(
+        guess: Any, y: Any, *, dims: Any = 1, agg: Any = None, eps: Any = None, ϵ: Any = None
+    ) -> Any:
+        guess, y = promoted(arithmetic.floating(array(guess)), array(y))
+        if guess.shape != y.shape:
+            raise OpaqueCodeError(f"a loss of arrays of shapes {guess.shape} and {y.shape}")
+        given = eps if ϵ is None else ϵ
+        tiny = np.finfo(guess.dtype).eps if given is None else as_dtype(given, guess.dtype)
+        found = terms(guess, y, axes(dims), tiny)
+        return settled(found.mean() if agg is None else agg(found))
+
+    return apply
+
+
+def _times_log(x: Any, y: Any) -> Any:
+    """Return x * log(y), which is 0 where x is."""
+    return np.where(x == 0, np.zeros_like(x), x * np.log(y))
+
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    "mse": loss(lambda x, y, axis, eps: (x - y) ** 2),
+    "mae": loss(lambda x, y, axis, eps: np.abs(x - y)),
+    "crossentropy": loss(
+        lambda x, y, axis, eps: -_times_log(y, x + eps).sum(axis=axis, keepdims=True)
+    ),
+    "logitcrossentropy": loss(
+        lambda x, y, axis, eps: (
+            -(y * activations.logsoftmax(x, axis=axis)).sum(axis=axis, keepdims=True)
+        )
+    ),
+    "binarycrossentropy": loss(
+        lambda x, y, axis, eps: -_times_log(y, x + eps) - _times_log(1 - y, 1 - x + eps)
+    ),
+    "logitbinarycrossentropy": loss(
+        lambda x, y, axis, eps: (1 - y) * x - activations.logsigmoid(x)
+    ),
+}
