@@ -26,6 +26,8 @@ test-gpu:
 
 bench: $(READY)
 	$(BIN)/python bench/import_time.py
+	$(BIN)/python bench/cpu.py
+	$(BIN)/python bench/convolution.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import numpy as np
 
 from gpustore.activations import identity
 from gpustore.errors import MismatchError
+from gpustore.layers import printed
 
 
 @dataclass(repr=False, eq=False)
@@ -49,6 +50,7 @@ class MultiHeadAttention:
         )
         return self.out_proj(x), weights
 
+    @printed
     def __repr__(self) -> str:
         sizes = getattr(getattr(self.q_proj, "weight", None), "shape", ("?",))
         return f"MultiHeadAttention({sizes[-1]}; nheads={self.nheads})"

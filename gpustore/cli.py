@@ -76,10 +76,7 @@ def _title(node: Any) -> str:
 
 def _function(node: OpaqueFunction) -> str:
     """Return what a Julia function does, in a few lines; its name where that is not known."""
-    try:
-        lines = listing.render(node).split("\n")
-    except errors.OpaqueCodeError:
-        lines = [repr(node)]
+    lines = listing.rendered(node).split("\n")
     if len(lines) > _MAX_CODE_LINES:
         more = len(lines) - _MAX_CODE_LINES
         lines[_MAX_CODE_LINES:] = [f"  ... {more} more lines"]

@@ -183,7 +183,8 @@ class _Reader:
         if not isinstance(body, list) or len(body) > MAX_STATEMENTS:
             raise ValueError("the code is no list of statements, or too long")
         statements = tuple(self.part(statement, 0) for statement in body)
-        slots = next(found for found in map(self.slot_names, info[1:]) if found is not None)
+        named = [found for found in map(self.slot_names, info[1:]) if found is not None]
+        slots = named[0]
         if not 1 <= int(nargs) <= len(slots):
             raise ValueError("there are more arguments than slots")
         is_nested = any(isinstance(part, Label) for part in statements) or any(

@@ -14,7 +14,16 @@ import numpy as np
 from gpustore.activations import identity
 from gpustore.errors import MismatchError, UnsupportedValueError
 from gpustore.functions import maximum_of, mean
-from gpustore.layers import activate, column, glorot_uniform, made_bias, matched, plain, show
+from gpustore.layers import (
+    activate,
+    column,
+    glorot_uniform,
+    made_bias,
+    matched,
+    plain,
+    printed,
+    show,
+)
 
 _IDENTITY = staticmethod(identity)  # as a class attribute it is no method
 
@@ -73,6 +82,7 @@ class Scale:
             product = product + bias.reshape(bias.shape + ones)
         return activate(self.σ, product)
 
+    @printed
     def __repr__(self) -> str:
         return f"Scale({', '.join(map(str, _shape(self.scale)))}{_suffix(self)})"
 
@@ -132,6 +142,7 @@ class Bilinear:
         output = activate(self.σ, product)
         return output[:, 0] if is_vector else output
 
+    @printed
     def __repr__(self) -> str:
         n_out, first, second = _shape(self.weight)
         sizes = str(first) if first == second else f"({first}, {second})"
@@ -168,6 +179,7 @@ class Embedding:
         is_padding = x[self.padding_idx - 1] if _is_one_hot(x) else x == self.padding_idx
         return found * (1 - np.asarray(is_padding)[None]).astype(found.dtype)
 
+    @printed
     def __repr__(self) -> str:
         n_out, n_in = _shape(self.weight)
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
@@ -241,6 +253,7 @@ class EmbeddingBag:
         found = _looked_up(self, plain(self.weight), x)
         return self.reduction(found, axis=1)[:, 0]
 
+    @printed
     def __repr__(self) -> str:
         n_out, n_in = _shape(self.weight)
         return f"EmbeddingBag({n_in}, {n_out})"
@@ -275,6 +288,7 @@ class Maxout:
     def __call__(self, x: Any) -> Any:
         return maximum_of(*(layer(x) for layer in _parts(self.layers)))
 
+    @printed
     def __repr__(self) -> str:
         return f"Maxout({_shown(self.layers)})"
 
@@ -296,6 +310,7 @@ class SkipConnection:
     def __call__(self, x: Any) -> Any:
         return self.connection(self.layers(x), x)
 
+    @printed
     def __repr__(self) -> str:
         return f"SkipConnection({show(self.layers)}, {show(self.connection)})"
 
@@ -322,6 +337,7 @@ class _Joined:
     def __len__(self) -> int:
         return len(self.layers)
 
+    @printed
     def __repr__(self) -> str:
         return f"{type(self).__name__}({show(self.connection)}, {_shown(self.layers)})"
 

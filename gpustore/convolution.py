@@ -17,7 +17,7 @@ import numpy as np
 from gpustore.activations import identity
 from gpustore.correlation import correlate, flipped, transposed
 from gpustore.errors import MismatchError, UnsupportedValueError
-from gpustore.layers import activate, glorot_uniform, made_bias, matched, plain, show
+from gpustore.layers import activate, glorot_uniform, made_bias, matched, plain, printed, show
 
 
 class SamePad:
@@ -141,6 +141,7 @@ class _Convolution:
         stride, pad, dilation = self._space()
         return correlate(x, flipped(weight), stride, pad, dilation, int(self.groups))
 
+    @printed
     def __repr__(self) -> str:
         shape = getattr(plain(self.weight), "shape", None)
         if shape is None:

@@ -138,6 +138,7 @@ def _aligned(position: int, alignment: int) -> int:
     return -(-position // alignment) * alignment
 
 
+@functools.lru_cache(1024)  # `tag`, `type`, `size`, `data`: a few names make up most of a file
 def _cstring(key: str) -> bytes:
     encoded = key.encode()
     if b"\0" in encoded:

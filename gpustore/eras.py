@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
+
+import numpy as np
 
 from gpustore import (
     attention,
@@ -24,6 +27,7 @@ from gpustore import (
 from gpustore.julia import JuliaType, Struct, Symbol
 
 Param = str | Callable[[Any], Any]
+Kind = tuple[type, ...] | Callable[[Any], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +46,18 @@ class StructKind:
     fields: tuple[str, ...]
     params: tuple[Param, ...] = ()
     is_layer: bool = False
-    kinds: tuple[tuple[str, tuple[type, ...]], ...] = ()  # fields that must be of these types
+    kinds: tuple[tuple[str, Kind], ...] = ()  # what a file may hold in a field
     since: str = "0"
     from_type: tuple[tuple[str, int], ...] = ()
     written: tuple[tuple[str, Callable[[Any], Any]], ...] = ()
 
     def accepts(self, field: str, value: Any) -> bool:
         """Whether a file may hold `value` in this field."""
-        return all(isinstance(value, types) for name, types in self.kinds if name == field)
+        return all(
+            isinstance(value, kind) if isinstance(kind, tuple) else kind(value)
+            for name, kind in self.kinds
+            if name == field
+        )
 
 
 def _row(
@@ -63,10 +71,38 @@ def _row(
     written: Any = (),
 ) -> StructKind:
     """Return a row for a layer of Flux; `fields` are separated by spaces."""
+    names = tuple(fields.split())
+    kinds = (*kinds, *((field, _KIND_OF[field]) for field in names if field in _KIND_OF))
     return StructKind(
-        cls, f"Flux.{name or cls.__name__}", tuple(fields.split()), params, True,
-        kinds, since, from_type, written,
-    )  # fmt: skip
+        cls, f"Flux.{name or cls.__name__}", names, params, True, kinds, since, from_type, written
+    )
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value may be an array, or a struct around one; what it is not is plain to see."""
+    return not isinstance(value, (str, bytes, dict, list, tuple, set, bool, int, float, NoneType))
+
+
+def _is_array_or_none(value: Any) -> bool:
+    return value is None or _is_array(value)
+
+
+def _is_array_or_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool) or _is_array(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.generic)) or hasattr(value, "is_tracked_array")
+
+
+_KIND_OF: dict[str, Kind] = {
+    "weight": _is_array, "scale": lambda value: not isinstance(value, (str, bytes, dict, list)),
+    "Wi": _is_array, "Wh": _is_array, "Wh_h̃": _is_array, "bias": _is_array_or_flag,
+    "b": _is_array_or_flag, "β": _is_array_or_none, "γ": _is_array_or_none,
+    "μ": _is_array_or_none, "σ2": _is_array_or_none, "p": _is_number, "groups": (int,),
+    "ε": _is_number, "momentum": _is_number, "r": (int,), "nheads": (int,), "G": (int,),
+    "chs": (int, NoneType),
+}  # fmt: skip
 
 
 def _length(field: str) -> Callable[[Any], int]:
@@ -157,7 +193,7 @@ def _normalisation() -> list[StructKind]:
         _row("0.13", v.Dropout, "p dims active rng", "p", "dims", "rng", written=(colon, rng)),
         _row("0.8", v.AlphaDropout, "p active", "p"),
         _row("0.13", v.AlphaDropout, "p active rng", "p", "rng", written=(rng,)),
-        _row("0.4", v.LayerNorm, "diag", "diag.scale"),
+        _row("0.4", v.LayerNorm, "diag", "diag.scale", kinds=(("diag", (composition.Scale,)),)),
         _row("0.12", v.LayerNorm, "λ diag ε size affine", "λ", "diag", "ε", _length("size")),
     ]
     for cls, group in ((v.BatchNorm, ""), (v.InstanceNorm, ""), (v.GroupNorm, "G ")):
@@ -234,7 +270,13 @@ TABLE = (
     *_normalisation(),
     *_recurrent(),
     *(
-        StructKind(tree.TrackedArray, f"{tracker}.TrackedArray", _TRACKED[:n], is_layer=True)
+        StructKind(
+            tree.TrackedArray,
+            f"{tracker}.TrackedArray",
+            _TRACKED[:n],
+            is_layer=True,
+            kinds=(("data", _is_array), ("grad", _is_array_or_none)),
+        )
         for tracker in _TRACKERS
         for n in (3, 2)  # without a gradient it is undefined, and left out
     ),

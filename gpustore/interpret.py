@@ -122,7 +122,8 @@ class Runner:
 
     def resolved(self, name: Global) -> Any:
         """Return what a global name stands for."""
-        for spelling in (str(name), f"Main.{name.name}", name.name):
+        plain_name = str(name).replace(".#", ".")  # as `functions` are keyed
+        for spelling in (plain_name, f"Main.{name.name}", name.name):
             if spelling in self.functions:
                 return Function(name.name, _supplied(self.functions[spelling]))
         known = flux.FUNCTIONS.get(f"{name.module}.#{name.name}")

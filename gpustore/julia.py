@@ -6,7 +6,7 @@ from a document, `lower.py` makes a document from them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,8 @@ class JuliaType:
         if not isinstance(other, JuliaType) or self.path != other.path:
             return False
         # Val{1} is not Val{true}
-        return self.params == other.params and _kinds(self.params) == _kinds(other.params)
+        pairs = zip(self.params, other.params, strict=False)
+        return len(self.params) == len(other.params) and all(_is_equal(a, b) for a, b in pairs)
 
     def __hash__(self) -> int:
         return hash((self.path, self.params))
@@ -92,8 +93,7 @@ class JuliaType:
             return False
         pairs = zip(self.params, other.params, strict=False)
         return len(self.params) == len(other.params) and all(
-            a.is_same(b) if isinstance(a, JuliaType) else type(a) is type(b) and a == b
-            for a, b in pairs
+            a.is_same(b) if isinstance(a, JuliaType) else _is_equal(a, b) for a, b in pairs
         )
 
     def __repr__(self) -> str:
@@ -101,8 +101,10 @@ class JuliaType:
         return self.name + (f"{{{params}}}" if params else "")
 
 
-def _kinds(params: tuple[Any, ...]) -> list[type]:
-    return [type(param) for param in params]
+def _is_equal(a: Any, b: Any) -> bool:
+    """Whether two parameters are equal; arrays, which only a damaged file has there, never are."""
+    is_plain = isinstance(a, Hashable) and type(a) is type(b)
+    return a is b or (is_plain and bool(a == b))
 
 
 @dataclass(frozen=True, slots=True)

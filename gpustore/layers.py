@@ -5,6 +5,7 @@ Conventions are Julia's: features come first, `weight` is (out, in), a batch is 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -81,6 +82,19 @@ def column(bias: Any, ndim: int, axis: int = 0) -> Any:
     return bias.reshape([-1 if i == axis else 1 for i in range(ndim)])
 
 
+def printed(show_self: Callable[[Any], str]) -> Callable[[Any], str]:
+    """Make a `__repr__` that never fails: fields of a file may hold what no layer is made of."""
+
+    @functools.wraps(show_self)
+    def show_safely(self: Any) -> str:
+        try:
+            return show_self(self)
+        except (TypeError, ValueError, AttributeError, LookupError):
+            return f"{type(self).__name__}(...)"
+
+    return show_safely
+
+
 def show(layer: Any) -> str:
     """Return how a layer, or any callable in its place, is printed: functions by name."""
     is_function = callable(layer) and not hasattr(type(layer), "__dataclass_fields__")
@@ -150,6 +164,7 @@ class Dense:
         output = activate(self.σ, product)
         return output if x.ndim <= 2 else output.reshape((n_out, *batch), order="F")
 
+    @printed
     def __repr__(self) -> str:
         n_out, n_in = getattr(self.weight, "shape", ("?", "?"))
         function = "" if self.σ is identity else f", {show(self.σ)}"
@@ -232,6 +247,7 @@ class Chain:
             return Chain(**dict(list(self.layers.items())[index]))
         return Chain(*self.layers[index])
 
+    @printed
     def __repr__(self) -> str:
         if isinstance(self.layers, dict):
             return f"Chain({', '.join(f'{name}={show(x)}' for name, x in self.layers.items())})"

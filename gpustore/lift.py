@@ -17,7 +17,7 @@ import numpy as np
 
 from gpustore import flux, twins
 from gpustore.digest import DIGEST_NBYTES
-from gpustore.document import Slot
+from gpustore.document import Slot, int64
 from gpustore.eras import StructKind
 from gpustore.errors import FormatError
 from gpustore.interpret import Runner
@@ -67,6 +67,9 @@ class Lifter:
         self.functions = dict(functions or {})
         self.memo: dict[int, Any] = {}  # id of a document or list -> its value
         self.types: dict[Any, JuliaType] = {}
+        self.dtypes: dict[str, np.dtype[Any]] = {}  # of element types without parameters
+        self.int64 = int64()
+        self.has_lost = False  # whether a LostArray was made
         self.spelling: set[str] = set()  # of Core and Base, those that the file calls Main's
 
     # --- dispatch ---
@@ -213,10 +216,15 @@ class Lifter:
 
     def array_spec(self, node: dict[str, Any], path: str) -> ArraySpec | JuliaArray:
         """Check an array document against its own payload."""
+        quick = self.quick_spec(node)
+        if quick is not None:
+            return quick
         shape = self.shape(node, path)
         element_type = self.value(self.field(node, "type", dict, path), path)
         payload = self.field(node, "data", (bytes, Slot, list), path)
         dtype = self.dtype(node, element_type, path)
+        if dtype is not None and "dtype" not in node and not element_type.params:
+            self.dtypes["\0".join(element_type.path)] = dtype
         if dtype is None or isinstance(payload, list):
             if isinstance(payload, list):
                 array = self.memo[id(node)] = JuliaArray(element_type, shape, [])
@@ -236,6 +244,30 @@ class Lifter:
                 raise self.malformed(path, f"the digest is not of {DIGEST_NBYTES} bytes")
             digest = self.bytes_of(digest)
         return ArraySpec(dtype, shape, "F", device, payload, digest)
+
+    def quick_spec(self, node: dict[str, Any]) -> ArraySpec | None:
+        """Return the spec of an array document of the usual form; None where it needs a look."""
+        kind: Any = node.get("type")
+        sizes: Any = node.get("size")
+        payload: Any = node.get("data")
+        digest = node.get("blake3")
+        is_usual = type(kind) is dict and kind.get("params") == [] and type(sizes) is list
+        if not is_usual or "dtype" in node or "device" in node or len(sizes) > MAX_RANK:
+            return None
+        names = kind.get("name")
+        if type(names) is not list or not all(type(name) is str for name in names):
+            return None
+        dtype, count = self.dtypes.get("\0".join(names)), 1
+        for size in sizes:
+            if type(size) is not self.int64 or size <= 0:
+                return None
+            count *= size
+        is_payload = type(payload) is bytes or type(payload) is Slot
+        if dtype is None or not is_payload or count * dtype.itemsize != _nbytes(payload):
+            return None
+        if digest is not None and (type(digest) is not bytes or len(digest) != DIGEST_NBYTES):
+            return None
+        return ArraySpec(dtype, tuple(map(int, sizes)), "F", "cpu", payload, digest)
 
     def shape(self, node: dict[str, Any], path: str) -> tuple[int, ...]:
         sizes = self.field(node, "size", list, path)
@@ -351,6 +383,7 @@ class Lifter:
         rank = julia_type.params[1] if len(julia_type.params) > 1 else None
         shapes = [f for f in fields if isinstance(f, tuple) and all(type(n) is int for n in f)]
         shape = next((s for s in shapes if len(s) == rank), shapes[0] if shapes else ())
+        self.has_lost = True
         return LostArray(julia_type, shape, Struct(julia_type, fields))
 
     def permuted(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
@@ -391,7 +424,7 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _nbytes(payload: bytes | Slot | list[Any]) -> int:
+def _nbytes(payload: Any) -> int:
     return payload.nbytes if isinstance(payload, Slot) else len(payload)
 
 

@@ -59,6 +59,14 @@ def render(function: OpaqueFunction) -> str:
     return "\n".join(lines) or function.__name__
 
 
+def rendered(function: OpaqueFunction) -> str:
+    """Return what `render` does, or the function's name where its code cannot be read."""
+    try:
+        return render(function)
+    except OpaqueCodeError:
+        return function.__name__
+
+
 def listed(method: Method) -> list[str]:
     """Return the lines of a method.
 

@@ -24,7 +24,7 @@ from gpustore.errors import (
 )
 from gpustore.julia import ArraySpec, LostArray
 from gpustore.lift import RESERVED, TAGS, Lifter
-from gpustore.save import save_document
+from gpustore.save import paused_collector, save_document
 from gpustore.storage import MappedFile
 from gpustore.verify import Progress, Verification, verify_file
 
@@ -64,12 +64,14 @@ def load(
     if lost not in ("error", "placeholder"):
         raise UnsupportedValueError(f"lost: expected 'error' or 'placeholder', found {lost!r}")
     choose = _chooser(device)
-    file, content = _open(path, mmap=mmap, slot_nbytes=document.SLOT_NBYTES)
-    if verify:
-        _raise_on_damage(file, progress)
-    arrays = _Arrays(file, functions)
-    root = _entries(arrays.lifter(content), content, names, file.path)
-    if lost == "error":
+    with paused_collector():
+        file, content = _open(path, mmap=mmap, slot_nbytes=document.SLOT_NBYTES)
+        if verify:
+            _raise_on_damage(file, progress)
+        arrays = _Arrays(file, functions)
+        lifter = arrays.lifter(content)
+        root = _entries(lifter, content, names, file.path)
+    if lost == "error" and lifter.has_lost:
         _refuse_lost(root, names, file.path)
     root = arrays.placed(root, choose)
     if progress is not None:

@@ -17,7 +17,7 @@ from gpustore.composition import Scale
 from gpustore.devices import array_device, to_device
 from gpustore.errors import MismatchError, UnsupportedValueError
 from gpustore.functions import normalise
-from gpustore.layers import activate, column, plain, show
+from gpustore.layers import activate, column, plain, printed, show
 
 _EPS, _MOMENTUM = np.float32(1e-5), np.float32(0.1)
 
@@ -145,6 +145,7 @@ class BatchNorm:
         shape = (1,) * (x.ndim - 2) + (-1, 1)
         return _finished(self, _standardised(self, x, axes, shape))
 
+    @printed
     def __repr__(self) -> str:
         return _shown(self, _channels(self))
 
@@ -186,6 +187,7 @@ class InstanceNorm:
         shape = (1,) * (x.ndim - 2) + (-1, 1)
         return _finished(self, _standardised(self, x, tuple(range(x.ndim - 2)), shape))
 
+    @printed
     def __repr__(self) -> str:
         return _shown(self, _channels(self))
 
@@ -231,6 +233,7 @@ class GroupNorm:
         y = _standardised(self, x.reshape(split, order="F"), tuple(range(x.ndim - 1)), shape)
         return _finished(self, y.reshape(x.shape, order="F"))
 
+    @printed
     def __repr__(self) -> str:
         return _shown(self, _channels(self), self.G)
 
@@ -270,6 +273,7 @@ class LayerNorm:
         is_done = is_in_scale or not (self.diag is None or isinstance(self.diag, Scale))
         return y if is_done else activate(self.λ, y)
 
+    @printed
     def __repr__(self) -> str:
         scale = getattr(self.diag, "scale", None)
         size = self.size or (() if scale is None else tuple(scale.shape))
@@ -307,6 +311,7 @@ class Dropout:
         factors = (_noise(self, shape) > float(self.p)) * scale
         return x * _on_device(factors, x).astype(x.dtype)
 
+    @printed
     def __repr__(self) -> str:
         return f"Dropout({float(self.p):.7g})"
 
@@ -337,6 +342,7 @@ class AlphaDropout:
         kept = _on_device((_noise(self, x.shape) > p) * 1.0, x).astype(x.dtype)
         return (scale * (x * kept + lowest * (1 - kept)) - scale * lowest * p).astype(x.dtype)
 
+    @printed
     def __repr__(self) -> str:
         return f"AlphaDropout({float(self.p):.7g})"
 

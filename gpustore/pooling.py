@@ -14,7 +14,7 @@ import numpy as np
 
 from gpustore.convolution import SamePad, both_sides, expand
 from gpustore.errors import MismatchError, UnsupportedValueError
-from gpustore.layers import plain
+from gpustore.layers import plain, printed
 
 _ALL = (slice(None),)
 
@@ -94,6 +94,7 @@ class _Pool:
             given = expand(pad, 2 * n if is_full else n, f"{name}: pad")
             self.pad = given if is_full else tuple(p for p in given for _ in range(2))
 
+    @printed
     def __repr__(self) -> str:
         words = [str(self.k)]
         words += [f"pad={_short(self.pad)}"] if any(self.pad) else []
@@ -154,6 +155,7 @@ class _AdaptivePool:
         sizes = zip(space, self.out, stride, strict=True)
         return tuple(w - (n - 1) * s for w, n, s in sizes), stride
 
+    @printed
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.out})"
 
@@ -246,6 +248,7 @@ class Upsample:
             x = enlarge(self, x, axis, int(target))
         return x
 
+    @printed
     def __repr__(self) -> str:
         what = f"scale={self.scale}" if self.size is None else f"size={self.size}"
         return f'Upsample("{self.mode}", {what})'

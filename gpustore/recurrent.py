@@ -15,7 +15,7 @@ import numpy as np
 
 from gpustore.activations import sigmoid_fast, tanh
 from gpustore.errors import MismatchError, UnsupportedValueError
-from gpustore.layers import activate, glorot_uniform, made_bias, matched, plain, show
+from gpustore.layers import activate, glorot_uniform, made_bias, matched, plain, printed, show
 
 State = Any  # an array, or for LSTM a tuple of two
 
@@ -89,6 +89,7 @@ class _Cell:
             for v in sums
         ]
 
+    @printed
     def __repr__(self) -> str:
         rows, n_in = getattr(self.Wi, "shape", ("?", "?"))
         size = rows // self.gates if isinstance(rows, int) else rows
@@ -235,6 +236,7 @@ class Recur:
         init = self.__dict__.get("init")
         self.state = self.cell.initialstates() if init is None else init
 
+    @printed
     def __repr__(self) -> str:
         return f"Recur({self.cell!r})"
 
@@ -272,6 +274,7 @@ class _Sequence:
         made = np.stack(outputs, axis=1)
         return (made, state) if self.return_state else made
 
+    @printed
     def __repr__(self) -> str:
         inner = repr(self.cell)
         return f"{type(self).__name__}({inner[inner.index('(') + 1 :]}"

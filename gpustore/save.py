@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from gpustore import devices, document, storage, transfer, tree
 from gpustore.digest import hasher
@@ -19,8 +23,12 @@ from gpustore.typeof import numpy_dtype
 from gpustore.values import Entries
 from gpustore.version import __version__
 
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
 WRITER = f"gpustore {__version__}"
 _GATHER_NBYTES = 1024 * 1024  # smaller pieces are gathered into writes of this size
+BESIDE_NBYTES = 1024 * 1024  # chunks from this size on are hashed beside the writing
 Progress = Callable[[int, int], None]
 
 
@@ -69,7 +77,8 @@ def save(
         root = in_layout(root, flux)
     if on_gpu == "error":
         _refuse_gpu_arrays(root)
-    plan = plan_of(root, tag_devices=on_gpu == "tag", layout=layout)
+    with paused_collector():
+        plan = plan_of(root, tag_devices=on_gpu == "tag", layout=layout)
     write_plan(path, plan, durable, progress)
 
 
@@ -104,13 +113,29 @@ def _refuse_gpu_arrays(root: Any) -> None:
         )
 
 
+@contextlib.contextmanager
+def paused_collector() -> Iterator[None]:
+    """Hold back the cyclic garbage collector, which else goes over all that is made time and again.
+
+    What is made here stays alive until the end, so there is nothing to collect.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def plan_of(root: Any, *, tag_devices: bool, layout: str = "auto") -> Plan:
     """Lower `root` and lay the file out; nothing is written."""
 
     def make_payload(array: Any, order: str) -> Payload:
         return transfer.payload_of(array, numpy_dtype(array), order)
 
-    lowerer = Lowerer(make_payload, _arrays_in_layers(root), tag_devices, _spelling(root))
+    column_major, spelling = _surveyed(root)
+    lowerer = Lowerer(make_payload, column_major, tag_devices, spelling)
     try:
         return document.plan(_lower_root(lowerer, root), writer=WRITER, layout=layout)
     except RecursionError:
@@ -119,28 +144,34 @@ def plan_of(root: Any, *, tag_devices: bool, layout: str = "auto") -> Plan:
         ) from None
 
 
-def _arrays_in_layers(root: Any) -> set[int]:
-    """Return the ids of arrays that are fields of layers, which Julia holds column-major."""
+def _surveyed(root: Any) -> tuple[set[int], frozenset[str]]:
+    """Return the ids of arrays that Julia holds column-major, as fields of layers; and a spelling.
+
+    That is which of Core and Base the file these values came from calls Main's.
+    """
     ids: set[int] = set()
+    spelling = root.spelling if isinstance(root, Entries) else None
     for _, node in tree.walk(root):
+        if type(node) is np.ndarray:
+            continue
         kind = kind_of(node)
         if kind is not None and kind.is_layer:
             ids.update(id(getattr(node, name, None)) for name in kind.fields)
-    return ids
+        if spelling is None:
+            spelling = _spelling_of(node)
+    return ids, spelling or frozenset()
 
 
-def _spelling(root: Any) -> frozenset[str]:
-    """Return those of Core and Base that the file these values came from calls Main's."""
-    if isinstance(root, Entries):
-        return root.spelling
-    for _, node in tree.walk(root):
-        own = getattr(node, "julia_type", None) or getattr(node, "type", None)
-        if isinstance(own, JuliaType):
-            paths = [own.path, *(p.path for p in own.params if isinstance(p, JuliaType))]
-            main = {path[1] for path in paths if len(path) > 2 and path[0] == "Main"}
-            if main & {"Core", "Base"}:
-                return frozenset({"Core", "Base"} if "Core" in main else {"Base"})
-    return frozenset()
+def _spelling_of(node: Any) -> frozenset[str] | None:
+    """Return the spelling that the type of one value shows, or None where it shows none."""
+    own = getattr(node, "julia_type", None) or getattr(node, "type", None)
+    if not isinstance(own, JuliaType):
+        return None
+    paths = [own.path, *(param.path for param in own.params if isinstance(param, JuliaType))]
+    main = {path[1] for path in paths if len(path) > 2 and path[0] == "Main"}
+    if not main & {"Core", "Base"}:
+        return None
+    return frozenset({"Core", "Base"} if "Core" in main else {"Base"})
 
 
 def _lower_root(lowerer: Lowerer, root: Any) -> dict[str, Any]:
@@ -164,30 +195,67 @@ def write_plan(
     path: str | os.PathLike[str], plan: Plan, durable: bool, progress: Progress | None
 ) -> None:
     """Stream a plan into a new file at `path`, filling in the digests on the way."""
-    whole = hasher()
-    with storage.replacing(path, nbytes=plan.nbytes, durable=durable) as file:
+    is_large = any(payload.nbytes >= BESIDE_NBYTES for payload in plan.payloads)
+    with (
+        storage.replacing(path, nbytes=plan.nbytes, durable=durable) as file,
+        _hashing_thread() if is_large else contextlib.nullcontext() as beside,
+    ):
         out = _Output(file.write, plan.nbytes, progress)
-        if plan.places:
-            _write_detached(file, out, plan)
-            return
-        for index, payload in enumerate(plan.payloads):
-            whole.update(plan.structures[index])
-            out.write(plan.structures[index])
-            payload_hasher = whole if payload.is_bare else hasher(payload.nbytes)
-            for chunk in payload.chunks():
-                payload_hasher.update(chunk)
-                out.write(chunk)
-            if not payload.is_bare:
-                plan.structures[index + 1][PAYLOAD_DIGEST] = payload_hasher.digest()
-        last = plan.structures[-1]
-        whole.update(last[: STRUCTURE_DIGEST.start])
-        whole.update(last[STRUCTURE_DIGEST.stop :])
-        last[STRUCTURE_DIGEST] = whole.digest()
-        out.write(last)
-        out.flush()
+        write = _write_detached if plan.places else _write_inline
+        write(file, out, plan, beside)
 
 
-def _write_detached(file: storage.NewFile, out: _Output, plan: Plan) -> None:
+@contextlib.contextmanager
+def _hashing_thread() -> Iterator[ThreadPoolExecutor]:
+    """Give one thread that hashes while another writes."""
+    from concurrent.futures import ThreadPoolExecutor  # 10 ms, for large arrays only
+
+    with ThreadPoolExecutor(1, "gpustore-hashing") as beside:
+        yield beside
+
+
+def _stream(payload: Payload, out: _Output, beside: ThreadPoolExecutor | None, into: Any) -> None:
+    """Write the chunks of a payload and hash them, large ones on the thread beside."""
+    for chunk in payload.chunks():
+        if beside is None or chunk.nbytes < BESIDE_NBYTES:
+            into.update(chunk)
+            out.write(chunk)
+            continue
+        hashing = beside.submit(into.update, chunk)
+        try:
+            out.write(chunk)
+        finally:
+            hashing.result()
+
+
+def _write_inline(
+    file: storage.NewFile, out: _Output, plan: Plan, beside: ThreadPoolExecutor | None
+) -> None:
+    """Write structures and payloads in turn; the digest of a payload follows it."""
+    whole = hasher()
+    for index, payload in enumerate(plan.payloads):
+        whole.update(plan.structures[index])
+        out.write(plan.structures[index])
+        into = whole if payload.is_bare else _payload_hasher(payload, beside)
+        _stream(payload, out, beside, into)
+        if not payload.is_bare:
+            plan.structures[index + 1][PAYLOAD_DIGEST] = into.digest()
+    last = plan.structures[-1]
+    whole.update(last[: STRUCTURE_DIGEST.start])
+    whole.update(last[STRUCTURE_DIGEST.stop :])
+    last[STRUCTURE_DIGEST] = whole.digest()
+    out.write(last)
+    out.flush()
+
+
+def _payload_hasher(payload: Payload, beside: ThreadPoolExecutor | None) -> Any:
+    """Return a hasher of one thread where another one writes, else of as many as pay."""
+    return hasher(payload.nbytes, threads=None if beside is None else 1)
+
+
+def _write_detached(
+    file: storage.NewFile, out: _Output, plan: Plan, beside: ThreadPoolExecutor | None
+) -> None:
     """Stream the payloads to their places, then the document, which holds their digests."""
     (structure,) = plan.structures
     position, gaps = len(structure), []
@@ -195,11 +263,9 @@ def _write_detached(file: storage.NewFile, out: _Output, plan: Plan) -> None:
     for payload, place in zip(plan.payloads, plan.places, strict=True):
         gaps.append(bytes(place.offset - position))
         out.write(gaps[-1])
-        payload_hasher = hasher(payload.nbytes)
-        for chunk in payload.chunks():
-            payload_hasher.update(chunk)
-            out.write(chunk)
-        structure[place.digest] = payload_hasher.digest()
+        into = _payload_hasher(payload, beside)
+        _stream(payload, out, beside, into)
+        structure[place.digest] = into.digest()
         position = place.offset + payload.nbytes
     out.flush()
     whole = hasher()

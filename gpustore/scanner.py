@@ -15,6 +15,9 @@ _FOREIGN_KINDS = {
 }  # fmt: skip
 
 
+_RUN_NBYTES = 1024 * 1024  # of small documents in a row that are decoded at once
+
+
 class Scanner:
     def __init__(self, buffer: Any, name: str, slot_nbytes: int) -> None:
         self.buffer, self.name, self.slot_nbytes = buffer, name, slot_nbytes
@@ -55,31 +58,65 @@ class Scanner:
             limit = start + nbytes
             if nbytes < self.slot_nbytes:
                 return self.decode_whole(start, limit, is_array), limit
-        keys, values, end = self.elements(start + 4, limit, depth)
+        keys, values, end = self.elements(start + 4, limit, depth, is_array)
         if nbytes != -1 and end != limit:
             raise self.malformed(
                 end, f"a document of {nbytes} bytes ends {limit - end} bytes early"
             )
         return (values if is_array else dict(zip(keys, values, strict=True))), end
 
-    def elements(self, position: int, limit: int, depth: int) -> tuple[list[str], list[Any], int]:
+    def elements(
+        self, position: int, limit: int, depth: int, is_array: bool
+    ) -> tuple[list[str], list[Any], int]:
+        """Return names and values up to the terminator; small documents in a row at once."""
         keys: list[str] = []
         values: list[Any] = []
+        run = position  # where a row of small documents begins; none where it is `position`
         while True:
             self.need(position, 1, limit)
             kind = self.buffer[position]
+            name_end = position if kind == 0 else self.name_end(position, limit)
+            end = self.end_of_small(kind, name_end + 1, limit)
+            if end is not None and end - run < _RUN_NBYTES:
+                position = end
+                continue
+            if run != position:
+                self.decode_run(run, position, is_array, keys, values)
+                run = position
+                continue
             if kind == 0:
                 return keys, values, position + 1
-            name_end = self.buffer.find(
-                b"\0", position + 1, min(limit, position + 2 + MAX_NAME_NBYTES)
-            )
-            if name_end < 0:
-                if limit - position <= MAX_NAME_NBYTES:
-                    self.need(position, limit - position + 1, limit)
-                raise self.malformed(position, f"a name is longer than {MAX_NAME_NBYTES} bytes")
             keys.append(self.text(position + 1, name_end))
             value, position = self.value(kind, name_end + 1, limit, depth)
             values.append(value)
+            run = position
+
+    def name_end(self, position: int, limit: int) -> int:
+        """Return where the name of the element at `position` has its terminator."""
+        end: int = self.buffer.find(b"\0", position + 1, min(limit, position + 2 + MAX_NAME_NBYTES))
+        if end < 0:
+            if limit - position <= MAX_NAME_NBYTES:
+                self.need(position, limit - position + 1, limit)
+            raise self.malformed(position, f"a name is longer than {MAX_NAME_NBYTES} bytes")
+        return end
+
+    def end_of_small(self, kind: int, start: int, limit: int) -> int | None:
+        """Return the end of a document that the codec can decode whole, else None."""
+        if kind not in (3, 4) or limit - start < 5:
+            return None
+        nbytes: int = INT32.unpack_from(self.buffer, start)[0]
+        is_small = 5 <= nbytes < min(self.slot_nbytes, _RUN_NBYTES) and start + nbytes <= limit
+        return start + nbytes if is_small else None
+
+    def decode_run(
+        self, start: int, end: int, is_array: bool, keys: list[str], values: list[Any]
+    ) -> None:
+        """Decode elements that lie in a row as one document, or as one array."""
+        run = bytes(self.buffer[start:end])
+        framed = INT32.pack(len(run) + 5) + run + b"\0"
+        found = self.decode_whole(0, len(framed), is_array, framed, start)
+        keys.extend(found if isinstance(found, dict) else [""] * len(found))
+        values.extend(found.values() if isinstance(found, dict) else found)
 
     def text(self, start: int, stop: int) -> str:
         try:
@@ -137,11 +174,16 @@ class Scanner:
             "BSON.jl never writes; this is a MongoDB document: read it with PyMongo or bsondump"
         )
 
-    def decode_whole(self, start: int, end: int, is_array: bool) -> dict[str, Any] | list[Any]:
-        """Decode a small document with PyMongo's codec, which checks every length in it."""
+    def decode_whole(
+        self, start: int, end: int, is_array: bool, buffer: Any = None, position: int | None = None
+    ) -> dict[str, Any] | list[Any]:
+        """Decode a small document with PyMongo's codec, which checks every length in it.
+
+        It lies in `buffer` (the file by default), and in the file at `position`.
+        """
         import bson
 
-        document = memoryview(self.buffer)[start:end]
+        document = memoryview(self.buffer if buffer is None else buffer)[start:end]
         try:
             if not is_array:
                 decoded: dict[str, Any] = bson.decode(document)
@@ -150,6 +192,7 @@ class Scanner:
             elements: list[Any] = bson.decode(framed)[""]
             return elements
         except (bson.errors.BSONError, ValueError, OverflowError, RecursionError) as error:
-            raise self.malformed(start, f"PyMongo's codec says: {error}") from error
+            where = start if position is None else position
+            raise self.malformed(where, f"PyMongo's codec says: {error}") from error
         finally:
             document.release()

@@ -182,7 +182,9 @@ def lower_set(lowerer: Any, container: Any, key: Any, value: Any, path: str) -> 
 
 def lift_named_tuple(lifter: Any, node: Any, julia_type: Any, content: Any, path: str) -> Any:
     names = julia_type.params[0] if julia_type.params else None
-    if not isinstance(names, tuple) or not len(names) == len(content) == len(set(names)):
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        return NotImplemented
+    if not len(names) == len(content) == len(set(names)):
         return NotImplemented
     made = lifter.memo[id(node)] = NamedTuple()
     made.julia_type = julia_type

@@ -113,7 +113,7 @@ class Range(Struct, Sequence[Any]):
         return np.asarray(_ELEMENTS[name](self), dtype=dtype)
 
     def __len__(self) -> int:
-        return len(self.__array__())
+        return _count(self)
 
     def __getitem__(self, index: Any) -> Any:
         return self.__array__()[index]
@@ -122,15 +122,26 @@ class Range(Struct, Sequence[Any]):
         return iter(self.__array__())
 
 
+def _count(span: Any) -> int:
+    """Return the number of elements of a range."""
+    name, fields = span.type.name, span.data
+    if name == "Base.Slice":
+        return len(fields[0])
+    if name in ("Base.StepRangeLen", "Base.LinRange"):
+        return max(int(fields[2]), 0)
+    if name == "Base.OneTo":
+        return max(int(fields[0]), 0)
+    first, step, last = fields if len(fields) == 3 else (fields[0], 1, fields[1])
+    return max((int(last) - int(first)) // int(step) + 1, 0) if step else 0
+
+
 def _steps(span: Any) -> Any:
     """Return the elements of a UnitRange, OneTo or StepRange of numbers."""
-    first, step = np.asarray(span.data[0]), np.asarray(1)
+    fields = [1, *span.data] if span.type.name == "Base.OneTo" else span.data
+    first, step = np.asarray(fields[0]), np.asarray(fields[1] if len(fields) == 3 else 1)
     if span.type.name == "Base.OneTo":
-        first, last = np.ones_like(first), first
-    else:
-        step, last = (np.asarray(part) for part in ([1, *span.data[1:]])[-2:])
-    count = max((int(last) - int(first)) // int(step) + 1, 0) if step else 0
-    return first + step.astype(first.dtype) * np.arange(count).astype(first.dtype)
+        first = np.ones_like(fields[1])
+    return first + step.astype(first.dtype) * np.arange(_count(span)).astype(first.dtype)
 
 
 def _step_range_length(span: Any) -> Any:

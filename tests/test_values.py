@@ -25,6 +25,8 @@ def test_ranges_are_pythons_where_that_says_it_all():
     third = ranges["r3"]  # Base.OneTo(5)
     assert len(third) == 5 and third[-1] == 5 and list(third) == [1, 2, 3, 4, 5]
     assert third.stop == 5
+    huge = gs.Range(third.type, [2**60], ("stop",))
+    assert len(huge) == 2**60
 
 
 @pytest.mark.parametrize(
