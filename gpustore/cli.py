@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -132,13 +134,33 @@ def _summary(stored: StoredFile, value: Any) -> str:
 @click.argument("file", type=_FILE)
 def verify(file: str) -> None:
     """Check every digest of FILE; exit code 1 and the damaged parts where one differs."""
-    with open_file(file) as stored:
-        found = stored.verify()
+    with open_file(file) as stored, _progress("verifying") as report:
+        found = stored.verify(report)
     if not found:
         raise errors.IntegrityError(
             f"{file}: damaged: {', '.join(found.damaged)}; restore the file from a copy"
         )
     click.echo(f"{file}: {_verdict(found)}")
+
+
+@contextlib.contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a callback that shows a bar on a terminal, once the work has taken a second."""
+    start, bar, is_shown = time.monotonic(), None, sys.stderr.isatty()
+
+    def report(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and is_shown and time.monotonic() - start > 1:
+            bar = click.progressbar(length=total, label=label, file=sys.stderr)
+            bar.__enter__()
+        if bar is not None:
+            bar.update(done - bar.pos)
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)
 
 
 def _verdict(found: Verification) -> str:
@@ -160,7 +182,8 @@ def cpu(file: str, output: str) -> None:
                 f"{file}: the values of {len(lost)} arrays are not in the file (Julia saved GPU "
                 "pointers); save cpu(model) in Julia"
             )
-        stored.save_for_cpu(output)
+        with _progress("writing") as report:
+            stored.save_for_cpu(output, report)
     click.echo(f"{output}: written, {_arrays(len(stored.arrays))} for the CPU")
 
 

@@ -64,7 +64,7 @@ class Lifter:
         self.source = Source(name, backrefs, read)
         self.resolve, self.malformed = self.source.resolve, self.source.malformed
         self.make_array, self.read, self.name = make_array, read, name
-        self.functions = dict(functions or {})
+        self.functions = {name.replace(".#", "."): f for name, f in (functions or {}).items()}
         self.memo: dict[int, Any] = {}  # id of a document or list -> its value
         self.types: dict[Any, JuliaType] = {}
         self.dtypes: dict[str, np.dtype[Any]] = {}  # of element types without parameters

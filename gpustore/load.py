@@ -352,9 +352,9 @@ class StoredFile(Mapping[str, Any]):
         devices.require_cuda(target)
         return devices.to_device(array, target)
 
-    def save_for_cpu(self, path: str | os.PathLike[str]) -> None:
+    def save_for_cpu(self, path: str | os.PathLike[str], progress: Progress | None = None) -> None:
         """Write the file anew without device tags; all else it holds is kept as it is."""
-        save_document(path, self._content, self._file.buffer)
+        save_document(path, self._content, self._file.buffer, progress)
 
     def verify(self, progress: Progress | None = None) -> Verification:
         """Check every digest in the file and return what was found."""

@@ -307,7 +307,12 @@ class _Output:
             self.progress(self.done, self.nbytes)
 
 
-def save_document(path: str | os.PathLike[str], content: dict[str, Any], buffer: Any) -> None:
+def save_document(
+    path: str | os.PathLike[str],
+    content: dict[str, Any],
+    buffer: Any,
+    progress: Progress | None = None,
+) -> None:
     """Write a scanned document (`slot_nbytes=0`) anew without device tags, streaming its arrays.
 
     Nothing is lifted, so all that the document holds is kept as it is.
@@ -326,7 +331,7 @@ def save_document(path: str | os.PathLike[str], content: dict[str, Any], buffer:
         return {key: copied(child) for key, child in node.items()}
 
     entries = {key: copied(child) for key, child in content.items() if key != "_gpustore"}
-    write_plan(path, document.plan(entries, writer=WRITER), True, None)
+    write_plan(path, document.plan(entries, writer=WRITER), True, progress)
 
 
 _REMADE = ("device", "_", "data", "blake3")  # of an array document: dropped or written anew

@@ -19,6 +19,7 @@ from gpustore.fake_cuda import FakeCudaArray, fake_cuda
 from gpustore.julia import NamedTuple, Symbol, extension_dtype
 from gpustore.load import load
 from gpustore.save import save
+from gpustore.values import Char, Int128, UInt128, missing
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -103,7 +104,15 @@ def _scalars(st: Any) -> Any:
         st.datetimes(timezones=st.sampled_from([None, datetime.timezone.utc])),
         st.dates(),
         numpy_scalars,
-    )
+        st.characters(exclude_categories=["Cs"]).map(Char),
+        st.just(missing),
+        st.integers(-(2**63), 2**63 - 1).map(Int128),
+        st.integers(0, 2**127 - 1).map(UInt128),
+        st.builds(
+            lambda start, count, step: range(start, start + count * step, step),
+            st.integers(-99, 99), st.integers(0, 9), st.sampled_from([1, 3, -1, -4]),
+        ),
+    )  # fmt: skip
 
 
 def _valid(raw: bytes, code: str) -> bytes:
@@ -239,6 +248,8 @@ def _assert_same_leaf(path: str, a: Any, b: Any) -> None:
     if isinstance(b, np.generic):
         assert a.dtype == b.dtype.newbyteorder("<"), f"{path}: expected {b.dtype}, found {a.dtype}"
         assert a.tobytes() == np.asarray(b, a.dtype).tobytes(), f"{path}: {a!r} is not {b!r}"
+    elif isinstance(b, range):
+        assert a == b, f"{path}: expected {b!r}, found {a!r}"
     elif isinstance(b, (set, frozenset)):
         assert sorted(map(repr, a)) == sorted(map(repr, b)), f"{path}: {a!r} is not {b!r}"
     else:

@@ -158,3 +158,20 @@ def test_the_command_is_installed_and_its_help_names_the_commands():
     shown = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
     for name in ("inspect", "verify", "cpu"):
         assert name in shown
+
+
+def test_a_bar_is_shown_on_a_terminal_once_the_work_takes_a_second(monkeypatch, capsys):
+    from gpustore import cli
+
+    clock = iter([0.0, 0.5, 1.5, 1.6, 1.7])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)
+    with cli._progress("verifying") as report:
+        report(1, 10)
+        assert "verifying" not in capsys.readouterr().err
+        report(5, 10)
+        report(10, 10)
+    assert "100%" in capsys.readouterr().err
+    with cli._progress("verifying") as report:
+        pass
+    assert capsys.readouterr().err == ""
