@@ -10,14 +10,14 @@ from typing import Any
 
 import click
 
-from gpustore import errors, tree
-from gpustore.interpret import rendered
+from gpustore import errors, listing, tree
 from gpustore.julia import ArraySpec, LostArray, OpaqueFunction, Struct
 from gpustore.load import StoredFile, open_file
 from gpustore.values import Entries
 from gpustore.verify import Verification
 
 _MAX_CHILDREN = 60  # of one list; the rest is counted
+_MAX_CODE_LINES = 12
 _MAX_WIDTH = 100
 _FILE = click.Path()
 
@@ -48,17 +48,22 @@ def _lines(label: str, node: Any, depth: int, seen: set[int]) -> Iterator[str]:
     indent = "  " * depth
     below = tree.children(node) if not isinstance(node, (ArraySpec, LostArray)) else []
     if not below:
-        yield f"{indent}{label}: {_leaf(node)}"
+        yield from _indented(indent, f"{label}: {_leaf(node)}")
         return
     if id(node) in seen:
-        yield f"{indent}{label}: {_title(node)} (shared, shown above)"
+        first = _title(node).partition("\n")[0]
+        yield f"{indent}{label}: {first} (shared, shown above)"
         return
     seen.add(id(node))
-    yield f"{indent}{label}: {_title(node)}"
+    yield from _indented(indent, f"{label}: {_title(node)}")
     for suffix, child in below[:_MAX_CHILDREN]:
         yield from _lines(suffix.removeprefix("."), child, depth + 1, seen)
     if len(below) > _MAX_CHILDREN:
         yield f"{indent}  ... {len(below) - _MAX_CHILDREN} more"
+
+
+def _indented(indent: str, text: str) -> Iterator[str]:
+    yield from (f"{indent}{line}" for line in text.split("\n"))
 
 
 def _title(node: Any) -> str:
@@ -67,8 +72,17 @@ def _title(node: Any) -> str:
     if isinstance(node, Struct):
         return _short(repr(node.type))
     if isinstance(node, OpaqueFunction):
-        return f"Julia function {rendered(node)}"
+        return _function(node)
     return type(node).__name__
+
+
+def _function(node: OpaqueFunction) -> str:
+    """Return what a Julia function does, in a few lines; its name where that is not known."""
+    lines = listing.rendered(node).split("\n")
+    if len(lines) > _MAX_CODE_LINES:
+        more = len(lines) - _MAX_CODE_LINES
+        lines[_MAX_CODE_LINES:] = [f"  ... {more} more lines"]
+    return "Julia function " + "\n".join(map(_short, lines))
 
 
 def _leaf(node: Any) -> str:
@@ -78,7 +92,7 @@ def _leaf(node: Any) -> str:
     if isinstance(node, LostArray):
         return f"{node.element_type} {node.shape}, values lost on the GPU"
     if isinstance(node, OpaqueFunction):
-        return f"Julia function {rendered(node)}"
+        return _function(node)
     if callable(node) and hasattr(node, "__name__"):
         return str(node.__name__)
     return _short(repr(node))

@@ -7,7 +7,6 @@ a CodeInfo of statements. Forms of Julia 0.6 to 1.11 are read: nested expression
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,9 @@ from gpustore.errors import OpaqueCodeError
 from gpustore.julia import OpaqueDocument, OpaqueFunction, Source
 
 MAX_STATEMENTS = 10_000
+MAX_PARTS = 100_000  # of one function: backrefs let few bytes stand for many of them
 _MAX_DEPTH = 50
+_MAX_NAME = 200  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,7 @@ def read_code(function: OpaqueFunction, lift: Callable[[Any, str], Any]) -> Code
 class _Reader:
     def __init__(self, source: Source, lift: Callable[[Any, str], Any], name: str) -> None:
         self.source, self.lift, self.name = source, lift, name
+        self.count = 0  # of parts read so far
 
     def resolved(self, node: Any) -> Any:
         return self.source.resolve(node, self.name)
@@ -154,11 +156,16 @@ class _Reader:
         node = self.resolved(node)
         if not isinstance(node, dict) or node.get("tag") != "symbol":
             raise ValueError("expected a symbol")
-        return str(node["name"])
+        name = node["name"]
+        if not isinstance(name, str) or len(name) > _MAX_NAME:
+            raise ValueError(f"expected a name of at most {_MAX_NAME} characters")
+        return name
 
     def symbols(self, node: Any) -> tuple[str, ...]:
         node = self.resolved(node)
         parts = node if isinstance(node, list) else self.resolved(node["data"])
+        if len(parts) > MAX_STATEMENTS:
+            raise ValueError("it has too many names")
         return tuple(self.symbol(part) for part in parts)
 
     def code(self, document: dict[str, Any]) -> Code:
@@ -196,8 +203,9 @@ class _Reader:
 
     def part(self, node: Any, depth: int) -> Any:
         """Return a statement or a part of one."""
-        if depth > _MAX_DEPTH:
-            raise ValueError("expressions are nested too deep")
+        self.count += 1
+        if depth > _MAX_DEPTH or self.count > MAX_PARTS:
+            raise ValueError("its expressions are nested too deep, or too many")
         node = self.resolved(node)
         if isinstance(node, dict) and node.get("tag") == "ref":
             return Constant(Module(self.path(node)))
@@ -206,7 +214,10 @@ class _Reader:
         return Constant(self.lift(node, self.name)) if read is None else read(self, fields, depth)
 
     def path(self, node: Any) -> str:
-        names = [str(name) for name in self.resolved(node["path"])]
+        names = self.resolved(node["path"])
+        if not all(isinstance(name, str) and len(name) <= _MAX_NAME for name in names[:99]):
+            raise ValueError("expected the names of a module")
+        names = names[:99]
         is_spelled = len(names) > 1 and names[0] == "Main" and names[1] in ("Core", "Base")
         return ".".join(names[1:] if is_spelled else names)
 
@@ -263,162 +274,3 @@ def _inner(part: Any) -> Iterator[Any]:
             yield from _inner(arg)
         else:
             yield arg
-
-
-# --- rendering ----------------------------------------------------------------------------------
-
-_OPTIONS = re.compile(r"NamedTuple\{\((.*?),?\)\}\(\((.*?),?\)\)")
-_INFIX = ("+", "-", "*", "/", "^", "÷", "%", "==", "!=", "<", "<=", ">", ">=", "&", "|", "=>", ":")
-
-
-def render(code: Code) -> list[str]:
-    """Return the code as lines one can read: `x -> reshape(x, :, size(x, 4))` where that is all.
-
-    >>> identity = Method(("#self#", "x"), 2, False, (Expr("return", (Slot(2),)),), False)
-    >>> render(Code("#1#2", (), (identity,), "1.5.3"))
-    ['x -> x']
-    """
-    lines: list[str] = []
-    for method in code.methods:
-        names = ", ".join(method.arguments)
-        head = names if len(method.arguments) == 1 and "..." not in names else f"({names})"
-        body = _Renderer(method).lines()
-        if len(body) == 1:
-            lines.append(f"{head} -> {body[0].removeprefix('return ')}")
-        else:
-            lines += [f"{head} ->", *("  " + line for line in body)]
-    return lines
-
-
-class _Renderer:
-    def __init__(self, method: Method) -> None:
-        self.method = method
-        self.uses: dict[SSA, int] = {}
-        for part in method.statements:
-            self.count(part)
-        self.targets = {
-            target for part in method.statements if (target := _target(part)) is not None
-        }
-        self.inlined: dict[SSA, str] = {}
-
-    def count(self, part: Any) -> None:
-        if isinstance(part, SSA):
-            self.uses[part] = self.uses.get(part, 0) + 1
-        elif isinstance(part, Expr):
-            for arg in part.args:
-                self.count(arg)
-
-    def lines(self) -> list[str]:
-        """Return one line for each statement whose value is not put where it is used."""
-        found: list[str] = []
-        has_jumps = bool(self.targets)
-        for index, part in enumerate(self.method.statements, 1):
-            label = f"{index}: " if index in self.targets else ""
-            value = SSA(index)
-            if isinstance(part, Constant) and part.value is None and not label:
-                continue
-            if isinstance(part, Label):
-                found.append(f"{part.number}:")
-            elif isinstance(part, Expr) and part.head in ("return", "=", "gotoifnot"):
-                found.append(label + self.text(part))
-            elif isinstance(part, Goto):
-                found.append(f"{label}goto {part.target}")
-            elif (self.uses.get(value, 0) == 1 and not has_jumps) or not isinstance(part, Expr):
-                self.inlined[value] = self.text(part)
-            else:
-                name = f"%{index} = " if self.uses.get(value) else ""
-                found.append(label + name + self.text(part))
-        return found or ["nothing"]
-
-    def text(self, part: Any) -> str:
-        if isinstance(part, SSA):
-            return self.inlined.get(part, f"%{part.number}")
-        if isinstance(part, Slot):
-            known = part.number <= len(self.method.slots)
-            name = self.method.slots[part.number - 1] if known else ""
-            return (
-                name
-                if name and part.number > 1
-                else "self"
-                if part.number == 1
-                else f"_{part.number}"
-            )
-        if isinstance(part, Global):
-            return part.name
-        if isinstance(part, Goto):
-            return f"goto {part.target}"
-        if isinstance(part, Constant):
-            return _constant(part.value)
-        return self.expression(part) if isinstance(part, Expr) else str(part)
-
-    def expression(self, part: Expr) -> str:
-        args = [self.text(arg) for arg in part.args]
-        if part.head == "call" and part.args:
-            return self.call(args[0], list(part.args[1:]), args[1:])
-        if part.head == "return":
-            return f"return {args[0]}" if args else "return"
-        if part.head == "=" and len(args) == 2:
-            return f"{args[0]} = {args[1]}"
-        if part.head == "gotoifnot" and len(args) == 2:
-            return f"unless {args[0]} goto {args[1]}"
-        return f"{part.head}({', '.join(args)})"
-
-    def call(self, function: str, parts: list[Any], args: list[str]) -> str:
-        if function in _INFIX and len(args) == 2:
-            spaced = function if function in ":^" else f" {function} "
-            return spaced.join(f"({a})" if " " in a and "(" not in a[:1] else a for a in args)
-        if function == "getindex" and args:
-            return f"{args[0]}[{', '.join(args[1:])}]"
-        if function in ("getfield", "getproperty") and len(args) == 2:
-            name = args[1].removeprefix(":")
-            return name if args[0] == "self" else f"{args[0]}.{name}"
-        if function in ("materialize", "copy") and len(args) == 1:
-            return args[0]
-        if function == "broadcasted" and args:
-            inner = self.call(args[0], parts[1:], args[1:])
-            if args[0] in _INFIX and len(args) == 3:
-                return inner.replace(f" {args[0]} ", f" .{args[0]} ", 1)
-            return f"{args[0]}.{inner[len(args[0]) :]}" if inner.startswith(args[0]) else inner
-        if function == "literal_pow" and len(args) == 3:
-            return f"{args[1]}^{args[2].removeprefix('Val{').removesuffix('}()')}"
-        if function.startswith(("kwfunc(", "kwcall")) and len(args) > 1:
-            options = _OPTIONS.fullmatch(args[0])
-            if options is not None:
-                names = options[1].replace(":", "").replace(",", " ").split()
-                words = ", ".join(
-                    f"{n} = {v}" for n, v in zip(names, options[2].split(", "), strict=False)
-                )
-                return f"{args[1]}({', '.join(args[2:])}; {words})"
-        if function == "apply_type":
-            return f"{args[0]}{{{', '.join(args[1:])}}}"
-        if function == "tuple":
-            return f"({', '.join(args)}{',' if len(args) == 1 else ''})"
-        if function in ("_apply", "_apply_iterate"):
-            args = args[1:] if function == "_apply_iterate" else args
-            return f"{args[0]}({', '.join(arg + '...' for arg in args[1:])})"
-        return f"{function}({', '.join(args)})"
-
-
-def _target(part: Any) -> int | None:
-    """Return the statement that a jump goes to."""
-    if isinstance(part, Goto):
-        return part.target
-    if isinstance(part, Expr) and part.head == "gotoifnot" and len(part.args) == 2:
-        target = part.args[1]
-        return target.value if isinstance(target, Constant) else None
-    return None
-
-
-def _constant(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, Module):
-        return value.path
-    if type(value).__name__ == "Symbol":
-        return f":{value}"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if type(value) is tuple:
-        return f"({', '.join(map(_constant, value))}{',' if len(value) == 1 else ''})"
-    text = str(getattr(value, "__name__", None) or value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -2,17 +2,22 @@
 
 Only the functions of `allowlist.py`, layers, values that the function captured, other functions of
 the file and those that the user supplies are ever called: a name outside is an error that says so.
-Steps, depth and the memory of what is made are limited. Arguments are never changed.
+Steps, depth and the memory of what is made are limited (`limits.py`). Arguments are never changed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
 from typing import Any
 
-from gpustore.allowlist import CONSTANTS, MODULES, QUALIFIED, TABLE
+import numpy as np
+
+from gpustore import flux, limits
+from gpustore.allowlist import BY_TWIN, CONSTANTS, MODULES, QUALIFIED, TABLE
+from gpustore.arithmetic import is_array, number, settled
+from gpustore.broadcasting import Function, Held, Row, materialize, whole
 from gpustore.code import (
     SSA,
     Code,
@@ -25,45 +30,39 @@ from gpustore.code import (
     Module,
     Slot,
     read_code,
-    render,
-)
+)  # fmt: skip
 from gpustore.errors import GpustoreError, OpaqueCodeError
-from gpustore.flux import FUNCTIONS
 from gpustore.julia import JuliaType, NamedTuple, OpaqueFunction, Struct
 from gpustore.layers import plain
-from gpustore.semantics import COLON, Function, Value, bounded, getindex, number
+from gpustore.semantics import Value, getindex, items
 
-MAX_STEPS = 100_000
-MAX_DEPTH = 40
-MAX_TOTAL_NBYTES = 2**32  # of all arrays that one call makes
+_OUTSIDE_STEPS = 100  # that a call of a layer or of a supplied function counts for
 _LEGACY = {"W": "weight", "b": "bias", "over": "layers", "α": "scale", "β": "bias", "σ²": "σ2",
            "ϵ": "ε"}  # fmt: skip
 _GETTERS = ("getfield", "getproperty")
+_LAZY = (
+    "*",
+    "adjoint",
+    "transpose",
+    "'",
+    "materialize",
+    "tuple",
+)  # take a vector's adjoint as it is
+_WITHOUT_READING = (
+    "size", "length", "ndims", "axes", "getindex", "iterate", "indexed_iterate", "firstindex",
+    "lastindex", "eachindex", "first", "last", "tuple", "===", "!==", "isa", "eltype", "isnothing",
+    "broadcasted", "Ref", "=>", "zero", "oftype",
+)  # fmt: skip  # what these take does not grow with their arguments
+_FAILURES = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, MemoryError)
 Functions = Mapping[str, Callable[..., Any]]
 
 
-class _Budget:
-    """What is left of the limits of one call from outside."""
+class _Supplied(Exception):
+    """Carries what a function that the user supplied raised: it comes out as it is."""
 
-    def __init__(self) -> None:
-        self.steps, self.nbytes, self.depth = MAX_STEPS, MAX_TOTAL_NBYTES, 0
-
-    def step(self, value: Any = None) -> None:
-        self.steps -= 1
-        nbytes = getattr(value, "nbytes", 0)
-        if isinstance(nbytes, int):
-            bounded((nbytes,), 1)
-            self.nbytes -= nbytes
-        if self.steps < 0:
-            raise OpaqueCodeError(f"code from the file ran for more than {MAX_STEPS} steps")
-        if self.nbytes < 0:
-            raise OpaqueCodeError(f"code from the file made more than {MAX_TOTAL_NBYTES} bytes")
-
-
-_running: ContextVar[_Budget | None] = ContextVar("_running", default=None)
-
-
-_FAILURES = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, MemoryError)
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
 
 class Runner:
@@ -74,53 +73,39 @@ class Runner:
         self.code: Code | None = None
 
     def __call__(self, function: OpaqueFunction, args: tuple[Any, ...], options: Any) -> Any:
-        """Return what the function gives for these arguments, within the limits.
+        """Return what the function gives for these arguments.
 
-        Those of the call from outside hold for all calls inside. Raises OpaqueCodeError, naming it,
-        for a Julia function that is not on the list.
+        Raises OpaqueCodeError, naming it, for a Julia function that is not on the list.
         """
         own = self.functions.get(function.__name__)
         if own is not None:
             return own(*args, **options)
-        if _running.get() is not None:
-            return self.called(function, args, options)
-        token = _running.set(_Budget())
+        inputs = sum(getattr(arg, "size", 0) for arg in (*args, *function.captured))
         try:
-            return self.called(function, args, options)
-        except GpustoreError:
-            raise
+            with limits.limited(inputs), np.errstate(all="ignore"):
+                return self.run(function, args, options)
+        except _Supplied as carrier:
+            if limits.is_inside():
+                raise
+            raise carrier.error from None
         except _FAILURES as error:
-            what = f"{type(error).__name__}: {error}"
-            raise OpaqueCodeError(f"{function.__name__}: {what}") from error
+            if isinstance(error, GpustoreError):
+                raise
+            raise OpaqueCodeError(
+                f"{function.__name__}: {type(error).__name__}: {error}"
+            ) from error
         except RecursionError as error:
             raise OpaqueCodeError(f"{function.__name__}: its calls are nested too deep") from error
-        finally:
-            _running.reset(token)
 
-    def called(self, function: OpaqueFunction, args: tuple[Any, ...], options: Any) -> Any:
-        """Call a function by its name or its code; `_running` is set."""
-        budget = _running.get()
-        assert budget is not None
-        budget.depth += 1
-        if budget.depth > MAX_DEPTH:
-            raise OpaqueCodeError(
-                f"{function.__name__}: its calls are nested deeper than {MAX_DEPTH}"
-            )
-        try:
-            if isinstance(function.type, JuliaType):
-                return self.named(function, args, options)
-            if self.code is None:
-                self.code = read_code(function, self.lift)
-            method = next((m for m in self.code.methods if m.takes(len(args))), None)
-            if method is None or options:
-                raise OpaqueCodeError(
-                    f"{function.__name__}: no method takes {len(args)} arguments"
-                    + (" and keywords" if options else "")
-                )
-            captured = dict(zip(self.code.captured, function.captured, strict=False))
-            return _Frame(self, method, captured, args, budget).run()
-        finally:
-            budget.depth -= 1
+    def run(self, function: OpaqueFunction, args: tuple[Any, ...], options: Any) -> Any:
+        if isinstance(function.type, JuliaType):
+            return outside(self.named(function, args, options))
+        if self.code is None:
+            self.code = read_code(function, self.lift)
+        method = _method(function.__name__, self.code.methods, len(args))
+        if options:
+            raise OpaqueCodeError(f"{function.__name__}: no method takes keywords")
+        return outside(_Frame(self, function, self.code, method, args).run())
 
     def named(self, function: OpaqueFunction, args: tuple[Any, ...], options: Any) -> Any:
         """Call a function that the file holds by name, or one composed of others."""
@@ -133,14 +118,15 @@ class Runner:
         if name == "Base.ComposedFunction" and len(parts) == 2:
             return _called(parts[0], (_called(parts[1], args, options),), {})
         module, _, bare = name.rpartition(".")
-        return self.resolved(Global(module, bare.removeprefix("#")))(*args, **options)
+        return _called(self.resolved(Global(module, bare.removeprefix("#"))), args, options)
 
     def resolved(self, name: Global) -> Any:
         """Return what a global name stands for."""
-        for spelling in (str(name), f"Main.{name.name}", name.name):
+        plain_name = str(name).replace(".#", ".")  # as `functions` are keyed
+        for spelling in (plain_name, f"Main.{name.name}", name.name):
             if spelling in self.functions:
-                return Function(name.name, self.functions[spelling])
-        known = FUNCTIONS.get(f"{name.module}.#{name.name}")
+                return Function(name.name, _supplied(self.functions[spelling]))
+        known = flux.FUNCTIONS.get(f"{name.module}.#{name.name}")
         in_table = TABLE.get(name.name)
         package = name.module.partition(".")[0]
         is_package = package in MODULES and name.module != "Main"
@@ -152,7 +138,7 @@ class Runner:
             return CONSTANTS[name.name]
         if name.name in _SPECIAL:
             return _SPECIAL[name.name]
-        if name.name in MODULES or (name.module == "Flux" and name.name == "Losses"):
+        if name.name in MODULES:
             return Module(name.name)
         raise OpaqueCodeError(
             f"the code in this file uses {name}, which is not known here; supply it as "
@@ -160,21 +146,86 @@ class Runner:
         )
 
 
-def rendered(function: OpaqueFunction) -> str:
-    """Return a function's code in one line, or its name where the file holds no code of it."""
-    if not isinstance(function.run, Runner) or isinstance(function.type, JuliaType):
-        return function.__name__
-    try:
-        lines = render(read_code(function, function.run.lift))
-    except GpustoreError:
-        return function.__name__
-    return "; ".join(line.strip() for line in lines).replace("->; ", "-> ") or function.__name__
+def outside(value: Any) -> Any:
+    """Return a result as a caller in Python expects it, without what Julia leaves undone."""
+    if isinstance(value, tuple) and type(value) is tuple:
+        limits.take_steps(len(value))
+        return tuple(map(outside, value))
+    if isinstance(value, Held):
+        return value.value
+    return settled(value.array if isinstance(value, Row) else materialize(value))
+
+
+def _method(name: str, methods: tuple[Method, ...], count: int) -> Method:
+    """Return the method for so many arguments; one without `...` goes before one with."""
+    fitting = [method for method in methods if method.takes(count)]
+    exact = [method for method in fitting if not method.is_vararg] or fitting
+    if len(exact) == 1:
+        return exact[0]
+    if not methods:
+        raise OpaqueCodeError(f"{name}: the file holds no code of it; it may be a generated one")
+    if exact:
+        raise OpaqueCodeError(
+            f"{name}: {len(exact)} methods take {count} arguments and differ by their types, which "
+            f"are not looked at here; give load(..., functions={{{name!r}: function}})"
+        )
+    raise OpaqueCodeError(f"{name}: no method takes {count} arguments")
+
+
+def _supplied(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the user's function such that its own errors come out as they are."""
+
+    @functools.wraps(function, assigned=())
+    def call(*args: Any, **options: Any) -> Any:
+        limits.take_steps(_OUTSIDE_STEPS)
+        try:
+            return function(*map(outside, args), **options)
+        except Exception as error:
+            raise _Supplied(error) from error
+
+    return call
 
 
 def _called(function: Any, args: tuple[Any, ...], options: Any) -> Any:
+    """Call a function of the table, of the file or of the user, or a layer."""
+    function = _known(function)
+    if isinstance(function, Function):
+        if function.name not in _LAZY:
+            args = tuple(whole(arg) if isinstance(arg, Row) else arg for arg in args)
+        value = function(*args, **options)
+        read = () if function.name in _WITHOUT_READING else args
+        limits.take_elements(sum(map(_weight, (*read, value))))
+        return value
     if function is None or not callable(function) or isinstance(function, type):
         raise OpaqueCodeError(f"the code in this file calls {function!r}, which is no function")
+    limits.take_steps(_OUTSIDE_STEPS if flux.kind_of(function) is not None else 1)
+    if isinstance(function, OpaqueFunction) or flux.kind_of(function) is not None:
+        args = tuple(map(outside, args))
     return function(*args, **options)
+
+
+def _known(function: Any) -> Any:
+    """Return the table's function for what stands for it in a model: a Python one, or a type."""
+    if isinstance(function, JuliaType) and not function.params:
+        return (
+            TABLE.get(function.path[-1], function)
+            if function.path[-2:-1] == ("Core",)
+            else function
+        )
+    if not callable(function):
+        return function
+    try:
+        return BY_TWIN.get(function, function)
+    except TypeError:  # not hashable: a layer
+        return function
+
+
+def _weight(value: Any) -> int:
+    """Return how many elements a value counts for."""
+    if isinstance(value, (tuple, list)):
+        return 8 * len(value)
+    size = getattr(value, "size", 0)
+    return size if isinstance(size, int) else 0
 
 
 class _NamedTupleOf:
@@ -206,8 +257,8 @@ def _keyword_call(options: Any, function: Any, *args: Any) -> Any:
 def _splat(function: Any, *parts: Any) -> Any:
     args: list[Any] = []
     for part in parts:
-        whole = getindex(part, COLON) if hasattr(part, "shape") else part
-        args.extend(whole.values() if isinstance(whole, dict) else whole)
+        limits.take_elements(8 * (len(part) if hasattr(part, "__len__") else 1))
+        args.extend(items(part))
         if len(args) > 10_000:
             raise OpaqueCodeError("the code in this file calls with too many arguments")
     return _called(function, tuple(args), {})
@@ -222,12 +273,18 @@ def _getfield(value: Any, name: Any, *order: Any) -> Any:
         return value[name]
     if isinstance(value, Struct) and value.fields is not None and name in value.fields:
         return value.data[value.fields.index(name)]
-    if dataclasses.is_dataclass(value) and not isinstance(value, (type, Struct, Function)):
+    if isinstance(value, Struct) and name == "contents" and repr(value.type) == "Core.Box":
+        return value.data[0]
+    if isinstance(value, Held) and name == "x":
+        return value.value
+    if dataclasses.is_dataclass(value) and flux.kind_of(value) is not None:
         names = [field.name for field in dataclasses.fields(value)]
         known = name if name in names else _LEGACY.get(name, "")
-        if known in names:
+        if known in names and not known.startswith("julia_"):
             return getattr(value, known)
-    raise OpaqueCodeError(f"the code in this file reads .{name}, which {value!r} does not have")
+    raise OpaqueCodeError(
+        f"the code in this file reads .{name}, which a {type(value).__name__} does not have"
+    )
 
 
 _VAL, _NAMED_TUPLE = object(), object()
@@ -239,7 +296,7 @@ _SPECIAL: dict[str, Any] = {
     "kwcall": _keyword_call,
     "_apply": _splat,
     "_apply_iterate": lambda iterate, function, *parts: _splat(function, *parts),
-    "Tuple": tuple,
+    "Tuple": lambda xs: tuple(items(xs)),
 }
 
 
@@ -247,13 +304,13 @@ class _Frame:
     """One call: slots, values of statements, and the place in the code."""
 
     def __init__(
-        self, runner: Runner, method: Method, captured: dict[str, Any], args: Any, budget: _Budget
+        self, runner: Runner, function: OpaqueFunction, code: Code, method: Method, args: Any
     ) -> None:
-        self.runner, self.method, self.captured = runner, method, captured
-        self.budget = budget
+        self.runner, self.function, self.method = runner, function, method
+        self.captured = dict(zip(code.captured, function.captured, strict=False))
         fixed = method.nargs - 1 - method.is_vararg
         given = [*args[:fixed], *([tuple(args[fixed:])] if method.is_vararg else [])]
-        self.slots: dict[int, Any] = dict(enumerate(given, 2))
+        self.slots: dict[int, Any] = dict(enumerate((_known(number(value)) for value in given), 2))
         self.values: dict[int, Any] = {}
         self.labels = {
             part.number: index
@@ -265,7 +322,7 @@ class _Frame:
         place = 0
         while place < len(self.method.statements):
             statement = self.method.statements[place]
-            self.budget.step()
+            limits.take_steps()
             place += 1
             if isinstance(statement, Goto):
                 place = self.target(statement.target)
@@ -282,8 +339,11 @@ class _Frame:
 
     def condition(self, part: Any) -> bool:
         value = self.evaluated(part)
-        if getattr(value, "ndim", 0):
-            raise OpaqueCodeError("the code in this file takes an array for a condition")
+        is_truth = isinstance(value, (bool, np.bool_)) or getattr(value, "dtype", None) == np.bool_
+        if is_array(value) or not is_truth:
+            raise OpaqueCodeError(
+                f"the code in this file takes a {type(value).__name__} for a condition"
+            )
         return bool(value)
 
     def target(self, number: Any) -> int:
@@ -299,9 +359,7 @@ class _Frame:
         if isinstance(part, SSA):
             return self.values[part.number]
         if isinstance(part, Slot):
-            if part.number == 1:
-                return _SELF
-            return self.slots[part.number]
+            return self.function if part.number == 1 else self.slots[part.number]
         if isinstance(part, Global):
             return self.runner.resolved(part)
         if isinstance(part, Expr):
@@ -311,10 +369,9 @@ class _Frame:
         raise OpaqueCodeError(f"the code in this file has a form that is not known: {part!r}")
 
     def expression(self, part: Expr) -> Any:
+        limits.take_steps()
         if part.head == "call" and part.args:
-            value = self.call(part)
-            self.budget.step(value)
-            return value
+            return self.call(part)
         if part.head == "=" and len(part.args) == 2:
             value, place = self.evaluated(part.args[1]), part.args[0]
             if isinstance(place, Slot) and place.number > 1:
@@ -324,9 +381,15 @@ class _Frame:
             else:
                 raise OpaqueCodeError("the code in this file assigns to a global variable")
             return value
+        if part.head == "new" and part.args and isinstance(part.args[0], Global):
+            raise OpaqueCodeError(
+                f"the code in this file has an expression `new`: it makes a {part.args[0]}, an "
+                f"inner function or a struct, whose code the file does not hold; give a Python "
+                f"function for the whole: load(..., functions={{{self.function.__name__!r}: f}})"
+            )
         raise OpaqueCodeError(
             f"the code in this file has an expression `{part.head}`, which is not run here; give a "
-            "Python function in its place: load(..., functions={...})"
+            f"Python function: load(..., functions={{{self.function.__name__!r}: f}})"
         )
 
     def call(self, part: Expr) -> Any:
@@ -338,13 +401,10 @@ class _Frame:
         return _called(function, tuple(self.evaluated(arg) for arg in part.args[1:]), {})
 
     def field(self, value: Any, name: Any) -> Any:
-        if value is _SELF:
+        if value is self.function:
             if str(name) not in self.captured:
                 raise OpaqueCodeError(f"the function captures no {name}")
-            return number(plain(self.captured[str(name)]))
+            return _known(number(plain(self.captured[str(name)])))
         if isinstance(value, Module):
             return self.runner.resolved(Global(value.path, str(name)))
         return _getfield(value, name)
-
-
-_SELF = object()

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpustore as gs
-from gpustore import interpret, tree
+from gpustore import listing, tree
 from gpustore.julia import OpaqueFunction
 
 FOLDER = Path(__file__).parent / "fixtures" / "julia"
@@ -82,7 +82,7 @@ def test_a_file_with_other_parts_loads_or_is_refused(tmp_path_factory, octets):
     repr(loaded)
     for _, node in tree.walk_entries(loaded):
         if isinstance(node, OpaqueFunction):
-            interpret.rendered(node)
+            listing.rendered(node)
             try:
                 node(np.ones((2, 3), "f4"))
             except gs.GpustoreError:
