@@ -33,7 +33,7 @@ _DEVICE_NAME = re.compile(r"cpu|cuda(:(0|[1-9][0-9]{0,2}))?")
 _INSTALL = "run pip install 'gpustore[cuda12]' (or 'gpustore[cuda13]', as the NVIDIA driver is)"
 
 # What libraries raise when an array cannot be exported or has a dtype that the other side lacks.
-_EXPORT_ERRORS = (AttributeError, BufferError, ImportError, RuntimeError, TypeError, ValueError)
+EXPORT_ERRORS = (AttributeError, BufferError, ImportError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def array_device(array: Any) -> str:
         return "cpu"
     try:
         device_type, ordinal = map(int, array.__dlpack_device__())
-    except _EXPORT_ERRORS as error:
+    except EXPORT_ERRORS as error:
         message = f"{type(array).__name__}: expected an array that knows its device"
         raise UnsupportedValueError(f"{message}, found: {error}") from error
     if device_type in _CPU_TYPES:
@@ -105,7 +105,7 @@ def parse_device(name: str) -> str:
 
 def current_device() -> str:
     """Return this thread's current CUDA device, "cuda:N"; "cuda:0" where CUDA cannot be used."""
-    return f"cuda:{_cupy().cuda.runtime.getDevice()}" if cuda_status() else "cuda:0"
+    return f"cuda:{load_cupy().cuda.runtime.getDevice()}" if cuda_status() else "cuda:0"
 
 
 def cuda_status() -> CUDAStatus:
@@ -115,7 +115,7 @@ def cuda_status() -> CUDAStatus:
     True
     """
     try:
-        return _probe(_cupy())
+        return _probe(load_cupy())
     except Exception as error:
         return _unusable(error)
 
@@ -150,13 +150,13 @@ def to_host(array: Any) -> NDArray[Any]:
     device = array_device(array)
     if isinstance(array, np.ndarray):
         return array
-    if _is_cupy_array(array):
+    if is_cupy_array(array):
         return _cupy_to_host(array, device)
     try:
         return _foreign_to_host(array, device)
     except CUDAUnavailableError:
         raise
-    except _EXPORT_ERRORS as error:
+    except EXPORT_ERRORS as error:
         raise UnsupportedValueError(
             f"{type(array).__name__} of {getattr(array, 'dtype', '?')}: NumPy cannot take it, "
             f"found: {error}; convert it to a dense array of a NumPy dtype first (bfloat16 and "
@@ -182,12 +182,12 @@ def to_device(array: Any, device: str) -> Any:
     if target == "cpu":
         return to_host(array)
     require_cuda(target)
-    if _is_cupy_array(array):
+    if is_cupy_array(array):
         return _across_devices(array, source, target)
     return _host_to_cuda(to_host(array), target)
 
 
-def _cupy() -> Any:
+def load_cupy() -> Any:
     """Return the module, imported with its warnings (duplicate packages, CUDA's path) held back."""
     if "cupy" not in sys.modules:
         with warnings.catch_warnings():
@@ -236,22 +236,24 @@ def _visible_devices() -> str:
     return "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r} hides the others)"
 
 
-def _device(name: str) -> Any:
-    return _cupy().cuda.Device(int(name.removeprefix("cuda:")))
+def cuda_device(name: str) -> Any:
+    """Return CuPy's context manager that makes a device, "cuda:N", this thread's current one."""
+    return load_cupy().cuda.Device(int(name.removeprefix("cuda:")))
 
 
-def _is_cupy_array(array: Any) -> bool:  # whoever holds one has imported CuPy
+def is_cupy_array(array: Any) -> bool:
+    """Return whether it is an array of CuPy: whoever holds one has imported it."""
     return isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ()))
 
 
 def _cupy_to_host(array: Any, device: str) -> NDArray[Any]:
-    with _device(device):
+    with cuda_device(device):
         return cast(NDArray[Any], array.get(order="A"))
 
 
 def _foreign_to_host(array: Any, device: str) -> NDArray[Any]:
     # A library copies its own CUDA arrays without CuPy, and in dtypes that CuPy does not have.
-    bits, dtype = _bits(array)
+    bits, dtype = bits_of(array)
     if device == "cpu":
         host = np.from_dlpack(bits)
     elif hasattr(bits, "cpu"):
@@ -259,13 +261,13 @@ def _foreign_to_host(array: Any, device: str) -> NDArray[Any]:
     else:
         try:
             host = np.from_dlpack(bits, device="cpu", copy=True)
-        except _EXPORT_ERRORS:  # a library, or a NumPy, older than DLPack 1.0
+        except EXPORT_ERRORS:  # a library, or a NumPy, older than DLPack 1.0
             require_cuda(device)
-            host = _cupy_to_host(_cupy().from_dlpack(bits), device)
+            host = _cupy_to_host(load_cupy().from_dlpack(bits), device)
     return host if dtype is None else host.view(dtype)
 
 
-def _bits(array: Any) -> tuple[Any, np.dtype[Any] | None]:
+def bits_of(array: Any) -> tuple[Any, np.dtype[Any] | None]:
     """Return the array and None; or, for types of ml_dtypes, its bits as integers and the type."""
     if getattr(array, "requires_grad", False):
         array = array.detach()
@@ -281,8 +283,8 @@ def _bits(array: Any) -> tuple[Any, np.dtype[Any] | None]:
 
 def _host_to_cuda(host: NDArray[Any], device: str) -> Any:
     try:
-        with _device(device):
-            return _cupy().asarray(host, order="K")
+        with cuda_device(device):
+            return load_cupy().asarray(host, order="K")
     except ValueError as error:
         raise UnsupportedValueError(
             f"array of {host.dtype}: expected a dtype that CuPy has, found: {error}; convert it "
@@ -293,8 +295,8 @@ def _host_to_cuda(host: NDArray[Any], device: str) -> Any:
 def _across_devices(array: Any, source: str, target: str) -> Any:
     # The copy runs on the target's stream, which waits for nothing on the source device. Order "K"
     # would fail for arrays that are neither row- nor column-major.
-    _device(source).synchronize()
-    with _device(target) as device:
+    cuda_device(source).synchronize()
+    with cuda_device(target) as device:
         copied = array.copy(order="A")
         device.synchronize()
     return copied

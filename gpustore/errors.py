@@ -41,6 +41,14 @@ class CUDAUnavailableError(GpustoreError, RuntimeError):
         self.cause = cause
 
 
+class DeviceMemoryError(GpustoreError, MemoryError):
+    """Memory of a device, or pinned host memory, does not suffice."""
+
+
+class DeviceError(GpustoreError, RuntimeError):
+    """A device failed at work: lost, taken by another process, or stopped by an earlier error."""
+
+
 class DeviceDataLostError(GpustoreError, RuntimeError):
     """The file holds GPU pointers in place of values."""
 

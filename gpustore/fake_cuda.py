@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -19,14 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpustore.devices import is_array
+from gpustore.fake_streams import CUDARuntimeError, Event, Machine, OutOfMemoryError, Stream
 
 FailMode = Literal["cupy-missing", "broken", "no-driver", "no-device"]
 
-_STATUS_TEXT = {
-    35: "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version",
-    100: "cudaErrorNoDevice: no CUDA-capable device is detected",
-    101: "cudaErrorInvalidDevice: invalid device ordinal",
-}
 _FAIL_STATUS = {"no-driver": 35, "no-device": 100}
 _DTYPE_CHARS = "?bhilqBHILQefdFD"  # CuPy 13: cupy/_core/_dtype.pyx
 _ATTRIBUTES = frozenset({"shape", "dtype", "ndim", "size", "itemsize", "nbytes", "strides"})
@@ -46,49 +41,10 @@ _ABSENT = frozenset({
 })  # fmt: skip
 
 
-class CUDARuntimeError(RuntimeError):
-    """CuPy's error of this name: `status` is CUDA's code."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(_STATUS_TEXT[status])
-        self.status = status
-
-
-class OutOfMemoryError(MemoryError):
-    """CuPy's error of this name, for tests to raise."""
-
-
-class _Machine:
-    """What all arrays of one fake share: its devices, each thread's current one, its transfers."""
-
-    def __init__(self, device_count: int, status: int | None) -> None:
-        self.device_count = device_count
-        self.status = status
-        self.transfers: list[tuple[str, int]] = []
-        self._local = threading.local()
-
-    def check(self) -> None:
-        if self.status is not None:
-            raise CUDARuntimeError(self.status)
-
-    @property
-    def current(self) -> int:
-        self.check()
-        ordinal: int = getattr(self._local, "ordinal", 0)
-        return ordinal
-
-    @current.setter
-    def current(self, ordinal: int) -> None:
-        self.check()
-        if not 0 <= ordinal < self.device_count:
-            raise CUDARuntimeError(101)
-        self._local.ordinal = ordinal
-
-
 class _FakeDevice:
     """cupy.cuda.Device."""
 
-    def __init__(self, machine: _Machine, ordinal: int | None = None) -> None:
+    def __init__(self, machine: Machine, ordinal: int | None = None) -> None:
         self._machine = machine
         self._outer: list[int] = []
         self.id = machine.current if ordinal is None else int(ordinal)
@@ -103,6 +59,27 @@ class _FakeDevice:
 
     def synchronize(self) -> None:
         self._machine.check()
+        self._machine.null_streams[self.id].synchronize()
+
+
+class _MemoryPointer:
+    """cupy.cuda.MemoryPointer: octets of a device from one address on."""
+
+    def __init__(self, machine: Machine, octets: NDArray[Any]) -> None:
+        self._machine, self._octets = machine, octets
+
+    @property
+    def ptr(self) -> int:
+        return int(self._octets.ctypes.data)
+
+    def __add__(self, offset: int) -> _MemoryPointer:
+        return _MemoryPointer(self._machine, self._octets[offset:])
+
+    def copy_to_host_async(self, mem: Any, size: int, stream: Stream) -> None:
+        self._machine.copy_async(stream, self._octets, mem, size, "d2h")
+
+    def copy_from_host_async(self, mem: Any, size: int, stream: Stream) -> None:
+        self._machine.copy_async(stream, self._octets, mem, size, "h2d")
 
 
 def _converted(convert: Callable[[Any], Any]) -> Callable[[FakeCudaArray], Any]:
@@ -114,7 +91,7 @@ class FakeCudaArray(np.lib.mixins.NDArrayOperatorsMixin):
 
     __slots__ = ("_host", "_machine", "_ordinal")
 
-    def __init__(self, host: NDArray[Any], machine: _Machine, ordinal: int) -> None:
+    def __init__(self, host: NDArray[Any], machine: Machine, ordinal: int) -> None:
         self._host = host
         self._machine = machine
         self._ordinal = ordinal
@@ -128,6 +105,11 @@ class FakeCudaArray(np.lib.mixins.NDArrayOperatorsMixin):
     @property
     def device(self) -> _FakeDevice:
         return _FakeDevice(self._machine, self._ordinal)
+
+    @property
+    def data(self) -> _MemoryPointer:
+        flat = self._host.reshape(-1, order="A" if self._host.flags.forc else "C")
+        return _MemoryPointer(self._machine, flat.view(np.uint8))
 
     @property
     def T(self) -> FakeCudaArray:
@@ -181,6 +163,7 @@ class FakeCudaArray(np.lib.mixins.NDArrayOperatorsMixin):
     ) -> Any:
         if func.__name__ in _ABSENT or not all(issubclass(t, FakeCudaArray) for t in types):
             return NotImplemented
+        self._machine.current_stream().synchronize()
         return self._wrap(func(*self._unwrap(args), **self._unwrap(kwargs)))
 
     def __getitem__(self, key: Any) -> FakeCudaArray:
@@ -219,6 +202,7 @@ class FakeCudaArray(np.lib.mixins.NDArrayOperatorsMixin):
         out: NDArray[Any] | None = None,
         blocking: bool = True,
     ) -> NDArray[Any]:
+        self._machine.current_stream().synchronize()
         self._machine.transfers.append(("d2h", self.nbytes))
         if out is None:
             return np.array(self._host, order=order, copy=True)
@@ -230,11 +214,13 @@ class FakeCudaArray(np.lib.mixins.NDArrayOperatorsMixin):
     def set(self, arr: NDArray[Any], stream: object = None) -> None:
         if not isinstance(arr, np.ndarray) or arr.dtype != self.dtype or arr.shape != self.shape:
             raise TypeError("only a numpy.ndarray of the same dtype and shape can be set")
+        self._machine.current_stream().synchronize()
         self._machine.transfers.append(("h2d", self.nbytes))
         self._host[...] = arr
 
     def copy(self, order: Literal["C", "F", "A", "K"] = "C") -> FakeCudaArray:
         """Copy to the current device."""
+        self._machine.current_stream().synchronize()
         host = self._host.copy(order=order)
         ordinal = self._machine.current
         if ordinal != self._ordinal:
@@ -280,7 +266,7 @@ class FakeCudaArray(np.lib.mixins.NDArrayOperatorsMixin):
 
 
 def _array(
-    machine: _Machine,
+    machine: Machine,
     obj: Any,
     dtype: Any = None,
     copy: bool | None = True,
@@ -305,7 +291,7 @@ def _array(
 
 
 def _asarray(
-    machine: _Machine,
+    machine: Machine,
     a: Any,
     dtype: Any = None,
     order: Literal["C", "F", "A", "K"] | None = None,
@@ -317,11 +303,15 @@ def _asarray(
 
 
 def _zeros(
-    machine: _Machine, shape: Any, dtype: Any = float, order: Literal["C", "F"] = "C"
+    machine: Machine, shape: Any, dtype: Any = float, order: Literal["C", "F"] = "C"
 ) -> FakeCudaArray:
     if np.dtype(dtype).char not in _DTYPE_CHARS:
         raise ValueError(f"Unsupported dtype {np.dtype(dtype)}")
-    return FakeCudaArray(np.zeros(shape, dtype, order=order), machine, machine.current)
+    return FakeCudaArray(machine.allocate(shape, dtype, order), machine, machine.current)
+
+
+def _ascontiguousarray(a: FakeCudaArray, dtype: Any = None) -> FakeCudaArray:
+    return a if a.flags.c_contiguous and dtype in (None, a.dtype) else a.copy("C")
 
 
 def _asnumpy(
@@ -348,7 +338,7 @@ class _HostCapsule:
         return self._array.__dlpack__(stream=1)
 
 
-def _from_dlpack(machine: _Machine, array: Any, *, device: None = None, copy: None = None) -> Any:
+def _from_dlpack(machine: Machine, array: Any, *, device: None = None, copy: None = None) -> Any:
     """cupy.from_dlpack: the same memory, which must be a CUDA array's."""
     device_type, ordinal = array.__dlpack_device__()
     if device_type not in (2, 13):
@@ -357,34 +347,41 @@ def _from_dlpack(machine: _Machine, array: Any, *, device: None = None, copy: No
     return FakeCudaArray(np.from_dlpack(_HostCapsule(array)), machine, int(ordinal))
 
 
-def _device_count(machine: _Machine) -> int:
+def _device_count(machine: Machine) -> int:
     machine.check()
     return machine.device_count
 
 
-def _is_available(machine: _Machine) -> bool:
+def _is_available(machine: Machine) -> bool:
     """cupy.cuda.is_available as in CuPy 13, which raises where there is no driver."""
     if machine.status != 100:
         machine.check()
     return machine.status is None
 
 
-def _fake_cupy(machine: _Machine) -> ModuleType:
+def _fake_cupy(machine: Machine) -> ModuleType:
     runtime = SimpleNamespace(
         CUDARuntimeError=CUDARuntimeError,
         getDevice=lambda: machine.current,
         getDeviceCount=partial(_device_count, machine),
         driverGetVersion=lambda: 0 if machine.status == 35 else 12090,
         runtimeGetVersion=lambda: 12090,
+        memGetInfo=lambda: (
+            machine.memory_nbytes - machine.used_nbytes[machine.current],
+            machine.memory_nbytes,
+        ),
     )
     module = ModuleType("cupy")
     vars(module).update(
         __version__="13.6.0",
         transfers=machine.transfers,
+        machine=machine,
         ndarray=FakeCudaArray,
         array=partial(_array, machine),
         asarray=partial(_asarray, machine),
         asnumpy=_asnumpy,
+        ascontiguousarray=_ascontiguousarray,
+        concatenate=np.concatenate,
         empty=partial(_zeros, machine),
         zeros=partial(_zeros, machine),
         from_dlpack=partial(_from_dlpack, machine),
@@ -393,6 +390,10 @@ def _fake_cupy(machine: _Machine) -> ModuleType:
         ),
         cuda=SimpleNamespace(
             Device=partial(_FakeDevice, machine),
+            Event=partial(Event, machine),
+            Stream=partial(Stream, machine, None),
+            alloc_pinned_memory=machine.allocate_pinned,
+            get_current_stream=machine.current_stream,
             is_available=partial(_is_available, machine),
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             runtime=runtime,
@@ -410,18 +411,21 @@ class _BrokenImport:
 
 
 @contextlib.contextmanager
-def fake_cuda(device_count: int = 2, *, fail: FailMode | None = None) -> Iterator[Any]:
+def fake_cuda(
+    device_count: int = 2, *, fail: FailMode | None = None, memory_nbytes: int = 2**40
+) -> Iterator[Any]:
     """Give the block a machine with CUDA devices that are not there, or one that fails so.
 
     The value is the module that stands for CuPy; its `transfers` lists each copy so far as
-    ("h2d" | "d2h" | "d2d", nbytes). Import nothing from the real CuPy inside.
+    ("h2d" | "d2h" | "d2d", nbytes), its `machine` is that of `gpustore.fake_streams`. Import
+    nothing from the real CuPy inside.
 
     >>> with fake_cuda() as cupy:
     ...     weight = cupy.asarray(np.ones(2))
     ...     (weight + 1).get(), cupy.transfers
     (array([2., 2.]), [('h2d', 16), ('d2h', 16)])
     """
-    fake = _fake_cupy(_Machine(device_count, _FAIL_STATUS.get(fail or "")))
+    fake = _fake_cupy(Machine(device_count, _FAIL_STATUS.get(fail or ""), memory_nbytes))
     modules: dict[str, Any] = sys.modules
     outer = {"cupy": modules.pop("cupy")} if "cupy" in modules else {}
     finder = _BrokenImport()

@@ -37,11 +37,13 @@ class Payload:
     """Bytes to be streamed into a file: `chunks()` yields C-contiguous buffers, `nbytes` in all.
 
     A bare one is neither aligned nor given a digest: it counts as part of the structure.
+    `device_array` is an array of CuPy whose row-major bytes they are, where there is one.
     """
 
     nbytes: int
     chunks: Callable[[], Iterable[Any]]
     is_bare: bool = False
+    device_array: Any = None
 
 
 @dataclass(frozen=True, slots=True)

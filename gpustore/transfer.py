@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import devices
+from gpustore import devices, staging
 from gpustore.document import Payload
 
 CHUNK_NBYTES = 8 * 1024 * 1024
@@ -27,7 +27,10 @@ def payload_of(array: Any, dtype: np.dtype[Any], order: str) -> Payload:
         host = devices.to_host(array)
         return _host_chunks(host.T if order == "F" else host, dtype)
 
-    return Payload(nbytes, chunks)
+    there = staging.cuda_array(array) if nbytes else None
+    if there is not None and order == "F":
+        there = there.T
+    return Payload(nbytes, chunks, device_array=there)
 
 
 def _host_chunks(host: Any, dtype: np.dtype[Any]) -> Iterator[Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from gpustore import fake_cuda as testing
+from gpustore import fake_streams
 from gpustore.devices import (
     array_device,
     cuda_status,
@@ -199,7 +200,7 @@ def test_a_loaded_driver_that_fails_is_not_called_missing(
     status: int, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
-        testing._STATUS_TEXT,
+        fake_streams.STATUS_TEXT,
         3,
         "cudaErrorInitializationError: initialization",
     )
@@ -592,8 +593,8 @@ def test_the_fake_offers_no_more_than_real_cupy() -> None:
     cupy = real_cupy()
     for name in testing._ATTRIBUTES | testing._METHODS | set(vars(FakeCudaArray)):
         assert name.startswith("_") or hasattr(cupy.ndarray, name), name
-    for name in vars(testing._fake_cupy(testing._Machine(1, None))):
-        assert name == "transfers" or hasattr(cupy, name), name
+    for name in vars(testing._fake_cupy(fake_streams.Machine(1))):
+        assert name in ("transfers", "machine") or hasattr(cupy, name), name
     if cupy.__version__.startswith("13."):
         assert [name for name in testing._ABSENT if hasattr(cupy, name)] == []
 
