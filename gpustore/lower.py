@@ -63,6 +63,8 @@ class Lowerer:
         self.backrefs: list[Any] = []
         self.places: dict[int, tuple[Any, Any, Any]] = {}  # id -> container, key, the object
         self.encoded: dict[JuliaType, Encoded] = {}
+        self.heads: dict[Any, tuple[Encoded, Encoded]] = {}  # dtype and shape -> `type` and `size`
+        self.kinds: dict[np.dtype[Any], tuple[JuliaType, str | None]] = {}
         self.int64 = document.int64()
 
     def refuse(self, path: str, value: Any, advice: str) -> UnsupportedValueError:
@@ -100,7 +102,9 @@ class Lowerer:
 
     def new(self, container: Any, key: Any, value: Any, path: str) -> None:
         """Lower an object that has an identity and is met for the first time."""
-        if isinstance(value, dict):
+        if type(value) is np.ndarray:
+            self.array(container, key, value, path)
+        elif isinstance(value, dict):
             self.dictionary(container, key, value, path)
         elif isinstance(value, list):
             node = self.place(container, key, value, [None] * len(value))
@@ -299,9 +303,11 @@ class Lowerer:
     # --- arrays ---
 
     def array(self, container: Any, key: Any, value: Any, path: str) -> None:
-        known = element_type_of(numpy_dtype(value))
+        dtype = numpy_dtype(value)
+        known = self.kinds.get(dtype) or element_type_of(dtype)
         if known is None:
-            raise self.refuse(path, value, _array_advice(numpy_dtype(value)))
+            raise self.refuse(path, value, _array_advice(dtype))
+        self.kinds[dtype] = known
         if hasattr(value, "mask") and isinstance(value, np.ndarray):
             raise self.refuse(path, value, "its mask would be lost; save .data and .mask")
         twin = origin_of(value)
@@ -309,9 +315,10 @@ class Lowerer:
             self.original(container, key, value, twin)
             return
         flags = getattr(value, "flags", None)
-        is_column_major = is_of_both_orders(value.shape) or getattr(flags, "f_contiguous", False)
+        is_column_major = getattr(flags, "f_contiguous", False) or is_of_both_orders(value.shape)
         if is_column_major or id(value) in self.column_major:
-            self.place(container, key, value, self.array_node(value, known, value.shape, "F"))
+            container[key] = self.array_node(value, known, value.shape, "F")
+            self.places[id(value)] = (container, key, value)
             return
         parent = self.array_node(value, known, value.shape[::-1], "C")
         order = tuple(range(len(value.shape), 0, -1))
@@ -333,8 +340,12 @@ class Lowerer:
     def array_node(
         self, value: Any, known: tuple[JuliaType, str | None], shape: Any, order: str
     ) -> dict[str, Any]:
-        node: dict[str, Any] = {"tag": "array", "type": self.type(known[0])}
-        node["size"] = [self.int64(size) for size in shape]
+        head = self.heads.get((value.dtype, shape))
+        if head is None:
+            size = document.encode([self.int64(n) for n in shape])
+            head = self.type(known[0]), size
+            self.heads[value.dtype, shape] = head
+        node: dict[str, Any] = {"tag": "array", "type": head[0], "size": head[1]}
         if self.tag_devices:
             device = devices.array_device(value)
             if device != "cpu":

@@ -6,6 +6,7 @@ Flux's structs need their full type parameters in the file, so types are worked 
 from __future__ import annotations
 
 import datetime
+import functools
 from types import NoneType
 from typing import Any
 
@@ -94,7 +95,7 @@ def type_of(value: Any) -> Any:
     if isinstance(value, TrackedArray):
         return _tracked_type(value)
     function = flux.function_name(value)
-    return _instance_type(value) if function is None else _named(function)
+    return _instance_type(value) if function is None else _function_type(function)
 
 
 def _number_type(value: Any) -> JuliaType:
@@ -175,8 +176,18 @@ def array_type(array: Any) -> Any:
     twin = origin_of(array)
     if isinstance(twin, Struct):
         return twin.type
-    known = element_type_of(numpy_dtype(array))
-    return _named("Core.Array", known[0] if known else _ANY, len(array.shape))
+    return _array_type(numpy_dtype(array), len(array.shape))
+
+
+@functools.lru_cache(256)
+def _array_type(dtype: np.dtype[Any], rank: int) -> JuliaType:
+    known = element_type_of(dtype)
+    return _named("Core.Array", known[0] if known else _ANY, rank)
+
+
+@functools.lru_cache(256)
+def _function_type(name: str) -> JuliaType:
+    return _named(name)
 
 
 def numpy_dtype(array: Any) -> np.dtype[Any]:
