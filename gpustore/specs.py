@@ -47,9 +47,9 @@ def array_spec(lifter: Any, node: dict[str, Any], path: str) -> ArraySpec | Juli
         raise lifter.malformed(path, f"the element type of an array is {element_type!r}")
     payload = lifter.field(node, "data", (bytes, Slot, list), path)
     dtype = dtype_at(lifter, node, element_type, path)
-    if dtype is not None and "dtype" not in node and isinstance(element_type, JuliaType):
-        if not element_type.params:
-            lifter.dtypes["\0".join(element_type.path)] = dtype
+    kind = element_type if isinstance(element_type, JuliaType) else None
+    if dtype is not None and "dtype" not in node and kind is not None and not kind.params:
+        lifter.dtypes["\0".join(kind.path)] = dtype
     if dtype is None or isinstance(payload, list):
         if isinstance(payload, list):
             array = lifter.memo[id(node)] = JuliaArray(element_type, shape, [])
