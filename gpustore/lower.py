@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,7 @@ class Lowerer:
         self.backrefs: list[Any] = []
         self.places: dict[int, tuple[Any, Any, Any]] = {}  # id -> container, key, the object
         self.encoded: dict[JuliaType, Encoded] = {}
+        self.functions: dict[str, Encoded] = {}
         self.heads: dict[Any, tuple[Encoded, Encoded]] = {}  # dtype and shape -> `type` and `size`
         self.kinds: dict[np.dtype[Any], tuple[JuliaType, str | None]] = {}
         self.int64 = document.int64()
@@ -79,6 +81,8 @@ class Lowerer:
         lower = _BY_TYPE.get(type(value))
         if lower is not None:
             container[key] = lower(self, value, path)
+        elif type(value) is FunctionType:
+            self.instance(container, key, value, path)
         elif not self.is_met(container, key, value):
             self.new(container, key, value, path)
 
@@ -111,6 +115,8 @@ class Lowerer:
             self.fill(node, value, [f"{path}[{i}]" for i in range(len(value))])
         elif devices.is_array(value):
             self.array(container, key, value, path)
+        elif flux.kind_of(value) is not None:
+            self.instance(container, key, value, path)
         elif isinstance(value, OpaqueDocument):
             self.opaque(container, key, value.document, value)
         elif isinstance(value, (Struct, OpaqueFunction)):
@@ -204,10 +210,16 @@ class Lowerer:
             self.encoded[julia_type] = encoded
         return encoded
 
+    def is_encoded(self, julia_type: JuliaType) -> bool:
+        try:
+            return julia_type in self.encoded
+        except TypeError:  # a parameter that is not hashable, so not plain
+            return False
+
     def julia_type(self, container: Any, key: Any, value: Any, path: str) -> None:
         if not isinstance(value, JuliaType):
             self.put(container, key, value, path)
-        elif is_plain(value):
+        elif self.is_encoded(value) or is_plain(value):
             container[key] = self.type(value)
         else:
             params: list[Any] = [None] * len(value.params)
@@ -265,11 +277,16 @@ class Lowerer:
 
     def instance(self, container: Any, key: Any, value: Any, path: str) -> None:
         """Lower a function, a layer, or an object of a dataclass or namedtuple class."""
-        function = flux.function_name(value)
-        if function is not None:
-            container[key] = self.struct(_named(function), [])
-            return
         kind = flux.kind_of(value)
+        name = flux.function_name(value) if kind is None else None
+        if name is not None:
+            if name not in self.functions:
+                type_node = type_document(_named(name), self.spelling)
+                self.functions[name] = document.encode(
+                    {"tag": "struct", "type": type_node, "data": []}
+                )
+            container[key] = self.functions[name]
+            return
         names = kind.fields if kind else flux.field_names(type(value))
         if names is None:
             raise self.refuse(path, value, _advice(value))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-from types import NoneType
+from types import FunctionType, NoneType
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,9 @@ def type_of(value: Any) -> Any:
     known = _TYPES.get(type(value))
     if known is not None:
         return known
+    if isinstance(value, FunctionType):
+        function = flux.function_name(value)
+        return _instance_type(value) if function is None else _function_type(function)
     if devices.is_array(value):
         return array_type(value)
     if isinstance(value, (int, np.generic, range)) and not isinstance(value, (str, bytes)):
