@@ -17,7 +17,6 @@ from gpustore import flux, specs, twins
 from gpustore.document import Slot, int64
 from gpustore.eras import StructKind
 from gpustore.errors import FormatError
-from gpustore.interpret import Runner
 from gpustore.julia import (
     ArraySpec,
     JuliaType,
@@ -262,6 +261,8 @@ class Lifter:
         self, node: dict[str, Any], julia_type: Any, content: Any, path: str
     ) -> OpaqueFunction:
         function = self.memo[id(node)] = OpaqueFunction(julia_type, [])
+        from gpustore.interpret import Runner  # 10 ms, for files with functions only
+
         function.run = Runner(self.value, self.functions)
         function.captured.extend(self.children(content, path + ".captured"))
         return function

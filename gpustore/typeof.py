@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import datetime
 import functools
-from types import FunctionType, NoneType
+from types import FunctionType
 from typing import Any
 
 import numpy as np
-from numpy.random import Generator
 
 from gpustore import devices, flux, twins
 from gpustore.document import int64
@@ -205,11 +204,16 @@ def numpy_dtype(array: Any) -> np.dtype[Any]:
         return extension_dtype(name) or np.dtype(object)
 
 
+def _is_unset(part: Any) -> bool:
+    """Whether a field holds nothing that a file can: None, or a generator of random numbers."""
+    return part is None or hasattr(part, "bit_generator")  # numpy.random takes 8 ms to import
+
+
 def field_of(value: Any, name: str) -> Any:
     """Return a field as it is written: named layers are a NamedTuple."""
     kind = flux.kind_of(value)
     for field, work_out in kind.written if kind else ():
-        if field == name and isinstance(value.__dict__.get(name), (NoneType, Generator)):
+        if field == name and _is_unset(value.__dict__.get(name)):
             return work_out(value)
     part = getattr(value, name)
     return NamedTuple(part) if name == "layers" and type(part) is dict else part
