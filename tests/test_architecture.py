@@ -22,8 +22,9 @@ ORDER = [
     "scanner",
     "document",
     "storage",
-    "julia",
     "tree",
+    "notebook",
+    "julia",
     "model_state",
     "activations",
     "layers",
@@ -57,6 +58,7 @@ ORDER = [
     "load",
     "fake_cuda",
     "testing",
+    "fixtures",
     "cli",
 ]
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
