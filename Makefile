@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-10k test-matrix test-gpu bench lint clean
+.PHONY: demo test test-10k test-matrix test-gpu bench lint package docs clean
 
 demo: $(READY)
 	$(BIN)/python docs/demo.py
@@ -33,6 +33,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typed_usage.py
+
+# wheel and sdist: built, checked, tried from an empty folder in an empty environment
+package:
+	PYTHON=$(PYTHON) .ci/package
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,4 +46,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venvs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venvs build dist site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -15,7 +15,8 @@ MAX_NODES = 400  # of one tree; the rest is counted
 MAX_CHILDREN = 60  # of one container
 MAX_DEPTH = 30
 _MAX_TEXT = 80
-_COUNTED_DEPTH = 2  # containers above it say what arrays they hold
+_OPEN_DEPTH = 2  # containers above it are shown open
+_COUNTED_DEPTH = 4  # and above this one they say what arrays they hold
 
 
 class Shown:
@@ -48,17 +49,17 @@ class _Tree:
         name = f"<b>{_escaped(label)}</b> " if label else ""
         below = [] if _is_array(node) else tree.children(node)
         if not below:
-            return f"<div>{name}{_escaped(leaf_text(node))}</div>"
+            return f'<div style="margin-left: 1em">{name}{_escaped(leaf_text(node))}</div>'
         title = f"{name}{_escaped(title_text(node))}"
         if id(node) in self.seen:
-            return f"<div>{title} <i>shared, shown above</i></div>"
+            return f'<div style="margin-left: 1em">{title} <i>shared, shown above</i></div>'
         self.seen.add(id(node))
-        if depth < _COUNTED_DEPTH:
-            title += f" <small>{_escaped(arrays_text(node))}</small>"
+        if depth < _COUNTED_DEPTH and (held := arrays_text(node)):
+            title += f" <small>{_escaped(held)}</small>"
         parts = list(self.parts(below, depth))
         if len(parts) < len(below):
             parts.append(f"<div><i>{len(below) - len(parts)} more not shown</i></div>")
-        is_open = " open" if depth < _COUNTED_DEPTH else ""
+        is_open = " open" if depth < _OPEN_DEPTH else ""
         inside = "".join(parts)
         return (
             f'<details{is_open}><summary style="cursor: pointer">{title}</summary>'
@@ -109,11 +110,11 @@ def title_text(node: Any) -> str:
 
 
 def arrays_text(root: Any) -> str:
-    """Return how many arrays a value holds, of how many bytes, and on which devices."""
+    """Return how many arrays a value holds, of how many bytes, on which devices; "" of none."""
     found = [node for _, node in tree.walk(root) if _is_array(node)]
     distinct = list({id(node): node for node in found}.values())
     kept = [node for node in distinct if not hasattr(type(node), "element_type")]
-    count = f"{len(distinct)} array{'s' * (len(distinct) != 1)}"
+    count = f"{len(distinct)} array{'s' * (len(distinct) != 1)}" if distinct else ""
     places = ", ".join(sorted({_device(node) for node in kept}))
     nbytes = size_text(sum(map(_nbytes, kept)))
     return f"{count}, {nbytes}, {places}" if kept else count
