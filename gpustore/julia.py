@@ -52,8 +52,13 @@ class NamedTuple(Shown, dict[str, Any]):
         return f"NamedTuple({super().__repr__()})"
 
 
+class _Hashed:
+    __slots__ = ("known_hash",)
+    known_hash: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class JuliaType:
+class JuliaType(_Hashed):
     """The name of a Julia type, `("Core", "Array")`, and its parameters, as the file spells them.
 
     >>> JuliaType.named("Core.Array", JuliaType.named("Core.Float32"), 2)
@@ -78,7 +83,11 @@ class JuliaType:
         return len(self.params) == len(other.params) and all(_is_equal(a, b) for a, b in pairs)
 
     def __hash__(self) -> int:
-        return hash((self.path, self.params))
+        try:  # worked out once: types are the keys that writing looks up
+            return self.known_hash
+        except AttributeError:
+            object.__setattr__(self, "known_hash", hash((self.path, self.params)))
+            return self.known_hash
 
     @property
     def name(self) -> str:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpustore import rows
 from gpustore.encoder import int64
 from gpustore.errors import FormatError, TruncatedFileError
-from gpustore.layout import DOUBLE, INT32, INT64, MAX_DEPTH, MAX_NAME_NBYTES, Slot
+from gpustore.layout import DOUBLE, INT32, INT64, MAX_DEPTH, MAX_NAME_NBYTES, ROW_NBYTES, Slot
 
 _FOREIGN_KINDS = {
     0x06: "undefined", 0x07: "ObjectId", 0x09: "UTC datetime", 0x0B: "regular expression",
     0x0C: "DBPointer", 0x0D: "JavaScript code", 0x0E: "symbol", 0x0F: "JavaScript code",
     0x11: "timestamp", 0x13: "decimal128", 0x7F: "max key", 0xFF: "min key",
 }  # fmt: skip
-
-
-_RUN_NBYTES = 1024 * 1024  # of small documents in a row that are decoded at once
 
 
 class Scanner:
@@ -76,8 +74,13 @@ class Scanner:
             self.need(position, 1, limit)
             kind = self.buffer[position]
             name_end = position if kind == 0 else self.name_end(position, limit)
+            pitch = rows.pitch_at(self.buffer, position, name_end, limit) if kind == 3 else None
+            if pitch is not None:
+                self.decode_run(run, position, is_array, keys, values)
+                position = run = self.row(position, name_end, limit, depth, pitch, keys, values)
+                continue
             end = self.end_of_small(kind, name_end + 1, limit)
-            if end is not None and end - run < _RUN_NBYTES:
+            if end is not None and end - run < ROW_NBYTES:
                 position = end
                 continue
             if run != position:
@@ -90,6 +93,22 @@ class Scanner:
             value, position = self.value(kind, name_end + 1, limit, depth)
             values.append(value)
             run = position
+
+    def row(
+        self, position: int, name_end: int, limit: int, depth: int, pitch: int, keys: list[str],
+        values: list[Any],
+    ) -> int:  # fmt: skip
+        """Read a row of array documents alike, or its first one; return the offset after it."""
+        first, end = self.document(name_end + 1, limit, depth + 1)
+        assert isinstance(first, dict)
+        row = rows.read(self.buffer, position, name_end, limit, pitch, first)
+        if row is None:
+            keys.append(self.text(position + 1, name_end))
+            values.append(first)
+            return end
+        keys.extend(row.names)
+        values.extend(row.nodes)
+        return row.end
 
     def name_end(self, position: int, limit: int) -> int:
         """Return where the name of the element at `position` has its terminator."""
@@ -105,13 +124,15 @@ class Scanner:
         if kind not in (3, 4) or limit - start < 5:
             return None
         nbytes: int = INT32.unpack_from(self.buffer, start)[0]
-        is_small = 5 <= nbytes < min(self.slot_nbytes, _RUN_NBYTES) and start + nbytes <= limit
+        is_small = 5 <= nbytes < min(self.slot_nbytes, ROW_NBYTES) and start + nbytes <= limit
         return start + nbytes if is_small else None
 
     def decode_run(
         self, start: int, end: int, is_array: bool, keys: list[str], values: list[Any]
     ) -> None:
-        """Decode elements that lie in a row as one document, or as one array."""
+        """Decode elements that lie in a row, if any, as one document, or as one array."""
+        if start == end:
+            return
         run = bytes(self.buffer[start:end])
         framed = INT32.pack(len(run) + 5) + run + b"\0"
         found = self.decode_whole(0, len(framed), is_array, framed, start)
