@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-10k test-matrix test-gpu bench lint package docs clean
+.PHONY: demo test test-10k test-matrix test-gpu bench lint package clean
 
 demo: $(READY)
 	$(BIN)/python docs/demo.py
@@ -46,4 +46,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venvs build dist site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venvs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
