@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-10k test-matrix test-gpu bench lint clean
+.PHONY: demo test test-10k test-matrix test-gpu bench lint package clean
 
 demo: $(READY)
 	$(BIN)/python docs/demo.py
@@ -33,6 +33,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typed_usage.py
+
+# wheel and sdist: built, checked, tried from an empty folder in an empty environment
+package:
+	PYTHON=$(PYTHON) .ci/package
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -14,6 +14,7 @@ import numpy as np
 
 from gpustore.document import Slot
 from gpustore.errors import FormatError, OpaqueCodeError
+from gpustore.notebook import Shown
 
 LEAF = {"leaf": True}  # tree.py does not look inside fields that are marked so
 
@@ -33,7 +34,7 @@ class Symbol(str):
     __str__ = str.__str__
 
 
-class NamedTuple(dict[str, Any]):
+class NamedTuple(Shown, dict[str, Any]):
     """A Julia NamedTuple: a dict that is written back as one; `nt.lr` is `nt["lr"]`.
 
     `julia_type` is the type it had in its file.
@@ -155,7 +156,7 @@ class OpaqueDocument:
 
 
 @dataclass(slots=True, eq=False)
-class Struct:
+class Struct(Shown):
     """A Julia struct with no Python twin: `data` by position, or the raw bytes of a primitive.
 
     `fields` are the names where they are known (files do not hold them): `struct.lr` is then

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import devices, document, storage, transfer, tree
+from gpustore import devices, document, notebook, storage, transfer, tree
 from gpustore.document import FORMAT_VERSION, Slot
 from gpustore.errors import (
     CUDAUnavailableError,
@@ -341,6 +341,14 @@ class StoredFile(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: all that the file holds, without reading arrays."""
+        if self._file.is_closed:
+            return notebook.html_tree({}, f"{self.path}: closed")
+        size = notebook.size_text(self.nbytes)
+        value = self.value(make_array=lambda spec, path: spec)
+        return notebook.html_tree(value, f"{self.path}: {size}, {self.origin}")
 
     def read(self, array_path: str, *, region: Any = None, device: str = "cpu") -> Any:
         """Return one array, or the `region` of it (slices as in NumPy), on `device`.

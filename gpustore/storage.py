@@ -64,6 +64,10 @@ class MappedFile:
             raise ValueError(f"{self.path}: the file is closed; open it again")
         return self._buffer
 
+    @property
+    def is_closed(self) -> bool:
+        return self._buffer is None
+
     def close(self) -> None:
         """Let go of the mapping; it ends when the last view of it does."""
         self._buffer = None

@@ -23,8 +23,9 @@ ORDER = [
     "scanner",
     "document",
     "storage",
-    "julia",
     "tree",
+    "notebook",
+    "julia",
     "model_state",
     "activations",
     "layers",
@@ -59,6 +60,7 @@ ORDER = [
     "load",
     "fake_cuda",
     "testing",
+    "fixtures",
     "cli",
 ]
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
