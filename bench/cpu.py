@@ -166,8 +166,9 @@ def chains(folder: Path) -> Figures:
 def growth(folder: Path) -> Figures:
     """Return microseconds for each array of 128 bytes, for more and more of them."""
     found: Figures = {}
+    path = folder / "growth"
     for count in (1_000, 10_000, 100_000):
-        arrays, path = tiny(count), folder / "growth"
+        arrays = tiny(count)
         times = alternating(
             {
                 "save": lambda arrays=arrays: gs.save(path, arrays, durable=False),
