@@ -24,7 +24,9 @@ test-matrix:
 test-gpu:
 	GPUSTORE_TEST_DEVICE=cuda $(PYTHON) -m pytest
 
+# beside safetensors, and beside torch where it is installed
 bench: $(READY)
+	$(BIN)/python $(PIP) --editable ".[bench]"
 	$(BIN)/python bench/import_time.py
 	$(BIN)/python bench/cpu.py
 	$(BIN)/python bench/convolution.py
