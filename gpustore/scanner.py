@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
 from gpustore import rows
@@ -14,6 +15,13 @@ _FOREIGN_KINDS = {
     0x0C: "DBPointer", 0x0D: "JavaScript code", 0x0E: "symbol", 0x0F: "JavaScript code",
     0x11: "timestamp", 0x13: "decimal128", 0x7F: "max key", 0xFF: "min key",
 }  # fmt: skip
+
+
+_FIXED_NBYTES = {0x01: 8, 0x08: 1, 0x0A: 0, 0x10: 4, 0x12: 8}
+
+
+def _twice(keys: list[str]) -> str:
+    return collections.Counter(keys).most_common(1)[0][0]
 
 
 class Scanner:
@@ -57,6 +65,8 @@ class Scanner:
             if nbytes < self.slot_nbytes:
                 return self.decode_whole(start, limit, is_array), limit
         keys, values, end = self.elements(start + 4, limit, depth, is_array)
+        if not is_array and len(set(keys)) != len(keys):
+            raise self.malformed(start, f"the key {_twice(keys)!r} occurs twice in a document")
         if nbytes != -1 and end != limit:
             raise self.malformed(
                 end, f"a document of {nbytes} bytes ends {limit - end} bytes early"
@@ -172,7 +182,7 @@ class Scanner:
         return bytes(self.buffer[start : start + nbytes]), start + nbytes
 
     def scalar(self, kind: int, position: int, limit: int) -> tuple[Any, int]:
-        nbytes = {0x01: 8, 0x08: 1, 0x0A: 0, 0x10: 4, 0x12: 8}.get(kind)
+        nbytes = _FIXED_NBYTES.get(kind)
         if nbytes is None:
             raise self.foreign(kind, position)
         self.need(position, nbytes, limit)
@@ -195,6 +205,27 @@ class Scanner:
             "BSON.jl never writes; this is a MongoDB document: read it with PyMongo or bsondump"
         )
 
+    def refuse_twice(self, whole: bytes, where: int) -> None:
+        """Raise where a key occurs twice in a document that the codec has decoded."""
+        stack = [(0, False)]
+        while stack:
+            start, is_array = stack.pop()
+            position, keys = start + 4, []
+            while whole[position] != 0:
+                kind, name_end = whole[position], whole.index(b"\0", position + 1)
+                keys.append(whole[position + 1 : name_end].decode())
+                position = name_end + 1
+                if kind in (3, 4):
+                    stack.append((position, kind == 4))
+                nbytes = _FIXED_NBYTES.get(kind)
+                if nbytes is None and kind not in (2, 3, 4, 5):
+                    raise self.foreign(kind, where)
+                if nbytes is None:
+                    nbytes = INT32.unpack_from(whole, position)[0] + {2: 4, 5: 5}.get(kind, 0)
+                position += nbytes
+            if not is_array and len(set(keys)) != len(keys):
+                raise self.malformed(where, f"the key {_twice(keys)!r} occurs twice in a document")
+
     def decode_whole(
         self, start: int, end: int, is_array: bool, buffer: Any = None, position: int | None = None
     ) -> dict[str, Any] | list[Any]:
@@ -206,12 +237,13 @@ class Scanner:
 
         document = memoryview(self.buffer if buffer is None else buffer)[start:end]
         try:
-            if not is_array:
-                decoded: dict[str, Any] = bson.decode(document)
-                return decoded
-            framed = INT32.pack(end - start + 7) + b"\x04\0" + document + b"\0"
-            elements: list[Any] = bson.decode(framed)[""]
-            return elements
+            framed: Any = document
+            if is_array:
+                framed = INT32.pack(end - start + 7) + b"\x04\0" + document + b"\0"
+            decoded: dict[str, Any] = bson.decode(framed)
+            if len(bson.encode(decoded)) != len(framed):  # the codec takes the last of two
+                self.refuse_twice(bytes(framed), start if position is None else position)
+            return decoded[""] if is_array else decoded
         except (bson.errors.BSONError, ValueError, OverflowError, RecursionError) as error:
             where = start if position is None else position
             raise self.malformed(where, f"PyMongo's codec says: {error}") from error
