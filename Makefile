@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-10k test-matrix test-gpu bench lint package clean
+.PHONY: demo test test-long test-10k test-matrix test-gpu bench lint package clean
 
 demo: $(READY)
 	$(BIN)/python docs/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# what takes minutes: 300 kills while saving, an array of 4.1 GiB
+test-long: $(READY)
+	GPUSTORE_TEST_LONG=1 GPUSTORE_TEST_BIG=1 $(BIN)/python -m pytest tests/test_crash.py tests/test_layouts.py
 
 # the round trips with 10,000 examples in all
 test-10k: $(READY)

@@ -1,0 +1,111 @@
+"""A process killed while it saves leaves the old file or the new one, whole, and no litter.
+
+300 kills with GPUSTORE_TEST_LONG=1 (`make test-long`), else 12.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import gpustore as gs
+
+KILLS = 300 if "GPUSTORE_TEST_LONG" in os.environ else 12
+SAVER = """
+import sys, itertools, numpy as np, gpustore as gs
+print("ready", flush=True)
+for version in itertools.count(int(sys.argv[2])):
+    model = {"version": version, "large": np.full(2**19, version, "f4"), "small": [1] * 99}
+    layout = ["inline", "detached"][version % 3 == 0]
+    gs.save(sys.argv[1], model, durable=version % 2 == 0, layout=layout)
+"""
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL here")
+
+
+def temporaries(folder):
+    return [name for name in os.listdir(folder) if name.endswith(".gpustore-tmp")]
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_save_leaves_a_whole_file_and_the_next_one_removes_its_litter(tmp_path):
+    path, delays = tmp_path / "model.bson", random.Random(0)
+    gs.save(path, version=0, large=np.zeros(2**19, "f4"))
+    version, litter = 0, 0
+    for _ in range(KILLS):
+        arguments = [sys.executable, "-c", SAVER, str(path), str(version + 1)]
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as saver:
+            assert saver.stdout.readline() == "ready\n"
+            time.sleep(delays.uniform(0, 0.05))
+            saver.kill()
+        found = gs.load(path, verify=True)
+        assert found["version"] >= version
+        assert (found["large"] == found["version"]).all()
+        version = found["version"]
+        assert len(temporaries(tmp_path)) <= 1
+        litter += len(temporaries(tmp_path))
+    gs.save(path, version=-1)
+    assert not temporaries(tmp_path)
+    assert litter > 0 or KILLS < 100
+
+
+def test_a_temporary_in_use_is_left_alone(tmp_path):
+    path = tmp_path / "model.bson"
+    seen = []
+
+    def save_beside(done, total):
+        if not seen:
+            seen.append(temporaries(tmp_path))
+            gs.save(path, inner=1)
+            seen.append(temporaries(tmp_path))
+
+    gs.save(path, outer=np.ones(2**18), progress=save_beside)
+    assert seen[0] == seen[1] and len(seen[0]) == 1
+    assert list(gs.load(path)) == ["outer"] and not temporaries(tmp_path)
+
+
+def test_a_file_of_another_name_is_no_litter(tmp_path):
+    names = [".other.bson.0123456789abcdef.gpustore-tmp", ".model.bson.0123.gpustore-tmp"]
+    stale = tmp_path / ".model.bson.0123456789abcdef.gpustore-tmp"
+    for name in (*names, stale.name):
+        (tmp_path / name).write_bytes(b"")
+    gs.save(tmp_path / "model.bson", a=1)
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, "model.bson"])
+
+
+def test_of_many_threads_that_save_one_path_one_wins_whole(tmp_path):
+    path = tmp_path / "model.bson"
+    models = [{"n": n, "a": np.full(2**15, n)} for n in range(8)]
+    threads = [threading.Thread(target=gs.save, args=(path, model)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = gs.load(path, verify=True)
+    assert (found["a"] == found["n"]).all() and not temporaries(tmp_path)
+
+
+def test_many_threads_load_and_verify_one_file(tmp_path):
+    path = tmp_path / "model.bson"
+    gs.save(path, {f"a{n}": np.full(2**15, n) for n in range(16)})
+    found = []
+    with gs.open_file(path) as stored:
+
+        def read(n):
+            array, whole = stored.read(f"a{n}"), gs.load(path, verify=n % 2 == 0)
+            found.append(bool((array == n).all() and (whole[f"a{n}"] == n).all()))
+
+        threads = [threading.Thread(target=read, args=(n,)) for n in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [True] * 16
