@@ -206,12 +206,15 @@ def replacing(
     with contextlib.suppress(OSError):  # a folder that cannot be listed
         _remove_stale(target)
     try:
-        with _created(temporary, target, mode) as descriptor:
-            file = NewFile(descriptor, nbytes, target)
-            file.reserve()
-            yield file
-            file.finish(durable=durable)
-        os.replace(temporary, target)
+        with contextlib.ExitStack() as held:
+            with _created(temporary, target, mode) as descriptor:
+                if os.name == "posix":  # keeps the lock until the file has its name
+                    held.callback(os.close, os.dup(descriptor))
+                file = NewFile(descriptor, nbytes, target)
+                file.reserve()
+                yield file
+                file.finish(durable=durable)
+            os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):  # the error that led here matters more
             os.unlink(temporary)

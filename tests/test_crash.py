@@ -81,14 +81,42 @@ def test_a_file_of_another_name_is_no_litter(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([*names, "model.bson"])
 
 
+@pytest.mark.timeout(60)
+def test_of_two_processes_that_save_one_path_one_wins_whole(tmp_path):
+    path = tmp_path / "model.bson"
+    arguments = [sys.executable, "-c", SAVER, str(path)]
+    savers = [
+        subprocess.Popen([*arguments, start], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for start in ("1", "1000000")
+    ]
+    time.sleep(0.7)
+    for saver in savers:
+        assert saver.poll() is None, saver.stderr.read()
+        saver.kill()
+        saver.communicate()
+    found = gs.load(path, verify=True)
+    assert (found["large"] == np.float32(found["version"])).all()
+    gs.save(path, a=1)
+    assert not temporaries(tmp_path)
+
+
 def test_of_many_threads_that_save_one_path_one_wins_whole(tmp_path):
     path = tmp_path / "model.bson"
-    models = [{"n": n, "a": np.full(2**15, n)} for n in range(8)]
-    threads = [threading.Thread(target=gs.save, args=(path, model)) for model in models]
+    failed = []
+
+    def save_often(n):
+        try:
+            for _ in range(20):
+                gs.save(path, {"n": n, "a": np.full(2**15, n)}, durable=False)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=save_often, args=(n,)) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert not failed
     found = gs.load(path, verify=True)
     assert (found["a"] == found["n"]).all() and not temporaries(tmp_path)
 
@@ -109,3 +137,38 @@ def test_many_threads_load_and_verify_one_file(tmp_path):
         for thread in threads:
             thread.join()
     assert found == [True] * 16
+
+
+FLIPS = 10_000 if "GPUSTORE_TEST_LONG" in os.environ else 300
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("layout", ["inline", "detached"])
+def test_a_random_bit_flip_is_found_or_changes_nothing_that_is_read(tmp_path, layout):
+    path, chance = tmp_path / "model.bson", random.Random(1)
+    rng = np.random.default_rng(0)
+    model = gs.Chain(gs.Dense(64, 300, rng=rng), gs.Dense(300, 300, rng=rng))
+    gs.save(path, model=model, rows=[np.full(9, n) for n in range(40)], layout=layout)
+    good, expected = path.read_bytes(), repr(gs.load(path, "rows"))
+    weights = [array.tobytes() for array in gs.params(gs.load(path, "model"))]
+    for _ in range(FLIPS):
+        bad = bytearray(good)
+        bad[chance.randrange(len(bad))] ^= 1 << chance.randrange(8)
+        path.write_bytes(bad)
+        try:
+            found = gs.load(path, verify=True)
+        except gs.GpustoreError:
+            continue
+        assert repr(found["rows"]) == expected
+        assert [array.tobytes() for array in gs.params(found["model"])] == weights
+
+
+@pytest.mark.parametrize("layout", ["inline", "detached"])
+def test_a_file_cut_anywhere_is_refused(tmp_path, layout):
+    path = tmp_path / "model.bson"
+    gs.save(path, a=np.arange(30), b=[np.full(3, n) for n in range(9)], layout=layout)
+    whole = path.read_bytes()
+    for nbytes in range(0, len(whole), 1 if len(whole) < 10_000 else 7):
+        path.write_bytes(whole[:nbytes])
+        with pytest.raises(gs.FormatError):
+            gs.load(path)
