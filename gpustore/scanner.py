@@ -25,18 +25,22 @@ def _twice(keys: list[str]) -> str:
 
 
 class Scanner:
-    def __init__(self, buffer: Any, name: str, slot_nbytes: int) -> None:
+    def __init__(self, buffer: Any, name: str, slot_nbytes: int, origin: int = 0) -> None:
         self.buffer, self.name, self.slot_nbytes = buffer, name, slot_nbytes
+        self.origin = origin  # where in the file the buffer begins
         int64()
+
+    def where(self, position: int) -> str:
+        return f"{self.name}: byte {self.origin + position}"
 
     def truncated(self, start: int, nbytes: int, found: int) -> TruncatedFileError:
         return TruncatedFileError(
-            f"{self.name}: byte {start}: expected {nbytes} bytes, found {found}; the file is cut "
+            f"{self.where(start)}: expected {nbytes} bytes, found {found}; the file is cut "
             "off or damaged: copy or download it again"
         )
 
     def malformed(self, position: int, what: str) -> FormatError:
-        return FormatError(f"{self.name}: byte {position}: {what}; the file is damaged or not BSON")
+        return FormatError(f"{self.where(position)}: {what}; the file is damaged or not BSON")
 
     def need(self, position: int, nbytes: int, limit: int) -> None:
         if limit - position >= nbytes:
@@ -201,30 +205,9 @@ class Scanner:
         if kind not in _FOREIGN_KINDS:
             return self.malformed(position, f"0x{kind:02x} is no BSON element type")
         return FormatError(
-            f"{self.name}: byte {position}: found an element of type {_FOREIGN_KINDS[kind]}, which "
+            f"{self.where(position)}: found an element of type {_FOREIGN_KINDS[kind]}, which "
             "BSON.jl never writes; this is a MongoDB document: read it with PyMongo or bsondump"
         )
-
-    def refuse_twice(self, whole: bytes, where: int) -> None:
-        """Raise where a key occurs twice in a document that the codec has decoded."""
-        stack = [(0, False)]
-        while stack:
-            start, is_array = stack.pop()
-            position, keys = start + 4, []
-            while whole[position] != 0:
-                kind, name_end = whole[position], whole.index(b"\0", position + 1)
-                keys.append(whole[position + 1 : name_end].decode())
-                position = name_end + 1
-                if kind in (3, 4):
-                    stack.append((position, kind == 4))
-                nbytes = _FIXED_NBYTES.get(kind)
-                if nbytes is None and kind not in (2, 3, 4, 5):
-                    raise self.foreign(kind, where)
-                if nbytes is None:
-                    nbytes = INT32.unpack_from(whole, position)[0] + {2: 4, 5: 5}.get(kind, 0)
-                position += nbytes
-            if not is_array and len(set(keys)) != len(keys):
-                raise self.malformed(where, f"the key {_twice(keys)!r} occurs twice in a document")
 
     def decode_whole(
         self, start: int, end: int, is_array: bool, buffer: Any = None, position: int | None = None
@@ -241,8 +224,10 @@ class Scanner:
             if is_array:
                 framed = INT32.pack(end - start + 7) + b"\x04\0" + document + b"\0"
             decoded: dict[str, Any] = bson.decode(framed)
-            if len(bson.encode(decoded)) != len(framed):  # the codec takes the last of two
-                self.refuse_twice(bytes(framed), start if position is None else position)
+            if len(bson.encode(decoded)) != len(framed):  # of a key given twice it takes the last
+                origin = 0 if position is None else position - 4
+                strict = Scanner(self.buffer if buffer is None else buffer, self.name, 0, origin)
+                strict.document(start, end, 0, is_array)
             return decoded[""] if is_array else decoded
         except (bson.errors.BSONError, ValueError, OverflowError, RecursionError) as error:
             where = start if position is None else position
