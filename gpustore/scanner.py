@@ -149,7 +149,7 @@ class Scanner:
             return
         run = bytes(self.buffer[start:end])
         framed = INT32.pack(len(run) + 5) + run + b"\0"
-        found = self.decode_whole(0, len(framed), is_array, framed, start)
+        found = self.decode_whole(0, len(framed), is_array, framed, start - 4)
         keys.extend(found if isinstance(found, dict) else [""] * len(found))
         values.extend(found.values() if isinstance(found, dict) else found)
 
@@ -210,27 +210,24 @@ class Scanner:
         )
 
     def decode_whole(
-        self, start: int, end: int, is_array: bool, buffer: Any = None, position: int | None = None
+        self, start: int, end: int, is_array: bool, buffer: Any = None, origin: int = 0
     ) -> dict[str, Any] | list[Any]:
         """Decode a small document with PyMongo's codec, which checks every length in it.
 
-        It lies in `buffer` (the file by default), and in the file at `position`.
+        It lies in `buffer`, which begins in the file at `origin`; by default the file itself.
         """
         import bson
 
-        document = memoryview(self.buffer if buffer is None else buffer)[start:end]
-        try:
+        source = self.buffer if buffer is None else buffer
+        with memoryview(source)[start:end] as document:
             framed: Any = document
             if is_array:
                 framed = INT32.pack(end - start + 7) + b"\x04\0" + document + b"\0"
-            decoded: dict[str, Any] = bson.decode(framed)
-            if len(bson.encode(decoded)) != len(framed):  # of a key given twice it takes the last
-                origin = 0 if position is None else position - 4
-                strict = Scanner(self.buffer if buffer is None else buffer, self.name, 0, origin)
-                strict.document(start, end, 0, is_array)
-            return decoded[""] if is_array else decoded
-        except (bson.errors.BSONError, ValueError, OverflowError, RecursionError) as error:
-            where = start if position is None else position
-            raise self.malformed(where, f"PyMongo's codec says: {error}") from error
-        finally:
-            document.release()
+            try:
+                decoded: dict[str, Any] = bson.decode(framed)
+                is_same = len(bson.encode(decoded)) == len(framed)
+            except (bson.errors.BSONError, ValueError, OverflowError, RecursionError) as error:
+                raise self.malformed(origin + start, f"PyMongo's codec says: {error}") from error
+        if not is_same:  # of a key that is given twice the codec takes the last
+            Scanner(source, self.name, 0, origin).document(start, end, 0, is_array)
+        return decoded[""] if is_array else decoded

@@ -264,7 +264,8 @@ def _remove_stale(target: str) -> None:
         with contextlib.suppress(OSError):  # not ours to open, or gone meanwhile
             descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
             try:
-                if _lock(descriptor, wait=False):
+                # without the second question, a name taken again after another removed it
+                if _lock(descriptor, wait=False) and os.fstat(descriptor).st_nlink:
                     os.unlink(path)
             finally:
                 os.close(descriptor)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import gpustore as gs
+from gpustore import storage
 
 KILLS = 300 if "GPUSTORE_TEST_LONG" in os.environ else 12
 SAVER = """
@@ -79,6 +80,22 @@ def test_a_file_of_another_name_is_no_litter(tmp_path):
         (tmp_path / name).write_bytes(b"")
     gs.save(tmp_path / "model.bson", a=1)
     assert sorted(os.listdir(tmp_path)) == sorted([*names, "model.bson"])
+
+
+def test_a_name_removed_and_taken_again_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    stale = tmp_path / ".model.bson.0123456789abcdef.gpustore-tmp"
+    stale.write_bytes(b"")
+    lock = storage._lock
+
+    def take_first(descriptor, *, wait):
+        if not wait:  # between opening and locking, the name becomes another save's
+            stale.unlink()
+            stale.write_bytes(b"of another save")
+        return lock(descriptor, wait=wait)
+
+    monkeypatch.setattr(storage, "_lock", take_first)
+    gs.save(tmp_path / "model.bson", a=1)
+    assert stale.read_bytes() == b"of another save"
 
 
 @pytest.mark.timeout(60)
