@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-10k test-matrix test-gpu bench lint clean
+.PHONY: demo test test-long test-10k test-matrix test-gpu bench lint package clean
 
 demo: $(READY)
 	$(BIN)/python docs/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# what takes minutes: 300 kills while saving, an array of 4.1 GiB
+test-long: $(READY)
+	GPUSTORE_TEST_LONG=1 GPUSTORE_TEST_BIG=1 $(BIN)/python -m pytest tests/test_crash.py tests/test_layouts.py
 
 # the round trips with 10,000 examples in all
 test-10k: $(READY)
@@ -24,7 +28,9 @@ test-matrix:
 test-gpu:
 	GPUSTORE_TEST_DEVICE=cuda $(PYTHON) -m pytest
 
+# beside safetensors, and beside torch where it is installed
 bench: $(READY)
+	$(BIN)/python $(PIP) --editable ".[bench]"
 	$(BIN)/python bench/import_time.py
 	$(BIN)/python bench/cpu.py
 	$(BIN)/python bench/convolution.py
@@ -33,6 +39,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typed_usage.py
+
+# wheel and sdist: built, checked, tried from an empty folder in an empty environment
+package:
+	PYTHON=$(PYTHON) .ci/package
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

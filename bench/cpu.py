@@ -1,14 +1,18 @@
 """How fast are saving and loading on the CPU beside safetensors, on the same arrays, in one run?
 
-python bench/cpu.py [FOLDER]: medians of alternating runs, and their ratios; results are compared
-first. safetensors is no dependency; without it this says so and ends.
+python bench/cpu.py [--big] [FOLDER]: medians of alternating runs and their ratios, as a table, as
+JSON and as a plot under bench/results. What is read back is compared first. `--big` adds 12 GiB.
+Rivals and matplotlib come with `pip install 'gpustore[bench]'`; what is missing is left out.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,101 +24,287 @@ import numpy as np
 from import_time import machine
 
 import gpustore as gs
+from gpustore.digest import blake3_digest
 
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
+RESULTS = Path(__file__).parent / "results"
 RUNS = 7
 GIB = 2**30
+Figures = dict[str, float]
 
 
-def alternating(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Return the median time of each call in ms, all of them in turn in each round."""
+def settle(nbytes: int) -> None:
+    """Give each call the same machine: nothing left to be written, and memory that is there.
+
+    A virtual machine hands free pages back to its host; the next to use them waits five times as
+    long as for pages that were in use just before, so whoever comes first is made to wait here.
+    """
+    os.sync()
+    np.ones(nbytes, np.uint8)
+
+
+def alternating(calls: dict[str, Callable[[], Any]], runs: int = RUNS, nbytes: int = 0) -> Figures:
+    """Return the median time of each call in ms, all of them in turn in each round.
+
+    Each is given free memory of `nbytes` that was in use just before.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(RUNS):
+    for _ in range(runs):
         for name, call in calls.items():
+            settle(nbytes)
             start = time.perf_counter()
-            call()
+            found = call()
             times[name].append((time.perf_counter() - start) * 1000)
+            del found
     return {name: round(statistics.median(found), 2) for name, found in times.items()}
 
 
-def plain_write(path: Path, arrays: dict[str, Any]) -> None:
-    """Write the bytes to a preallocated file: what any save is at least."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def optional(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def ratios(found: Figures, pairs: dict[str, tuple[str, str]]) -> Figures:
+    """Add, under each name, how many times longer the first of a pair takes than the second."""
+    known = {k: pair for k, pair in pairs.items() if pair[0] in found and pair[1] in found}
+    return found | {k: round(found[one] / found[other], 2) for k, (one, other) in known.items()}
+
+
+# --- cases ------------------------------------------------------------------------------------
+
+
+def plain_write(path: Path, arrays: dict[str, Any], *, is_durable: bool = False) -> None:
+    """Write the bytes to a new preallocated file: what any save is at least."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
     os.posix_fallocate(descriptor, 0, sum(array.nbytes for array in arrays.values()))
     for array in arrays.values():
         os.write(descriptor, array.reshape(-1).data)
+    if is_durable:
+        os.fsync(descriptor)
     os.close(descriptor)
 
 
-def measure(folder: Path, arrays: dict[str, Any], rival: Any) -> dict[str, float]:
-    ours, theirs = folder / "ours.bson", folder / "theirs.safetensors"
-    gs.save(ours, arrays, durable=False)
-    rival.save_file(arrays, theirs)
-    for found in (gs.load(ours, verify=True), rival.load_file(theirs)):
-        assert all(np.array_equal(found[name], array) for name, array in arrays.items())
+def rivals(folder: Path, arrays: dict[str, Any], layout: str = "auto") -> Figures:
+    """Return what saving and loading of row-major arrays takes, here, there, and at least."""
+    ours, theirs, plain = (folder / name for name in ("ours", "theirs", "plain"))
+    numpys, torchs = optional("safetensors.numpy"), optional("safetensors.torch")
+    gs.save(ours, arrays, durable=False, layout=layout)
+    found = gs.load(ours, verify=True)
+    assert all(np.array_equal(found[name], array) for name, array in arrays.items())
+    calls: dict[str, Callable[[], Any]] = {
+        "plain write": lambda: plain_write(plain, arrays),
+        "plain durable write": lambda: plain_write(plain, arrays, is_durable=True),
+        "save": lambda: gs.save(ours, arrays, durable=False, layout=layout),
+        "durable save": lambda: gs.save(ours, arrays, layout=layout),
+        "load": lambda: gs.load(ours),
+        "verified load": lambda: gs.load(ours, verify=True),
+        "BLAKE3": lambda: [blake3_digest(array) for array in arrays.values()],
+    }
+    if numpys is not None:
+        numpys.save_file(arrays, theirs)
+        calls["safetensors save"] = lambda: numpys.save_file(arrays, theirs)
+        calls["safetensors load"] = lambda: numpys.load_file(theirs)
+    if torchs is not None and sum(array.nbytes for array in arrays.values()) >= GIB:
+        calls["safetensors.torch load"] = lambda: torchs.load_file(theirs)
+    nbytes = 3 * sum(array.nbytes for array in arrays.values())
+    return ratios(
+        alternating(calls, nbytes=nbytes),
+        {
+            "save: times faster than safetensors": ("safetensors save", "save"),
+            "save: share of the plain write": ("plain write", "save"),
+            "durable save: times faster than safetensors": ("safetensors save", "durable save"),
+            "durable save: share of the plain one": ("plain durable write", "durable save"),
+            "load: times faster than safetensors": ("safetensors load", "load"),
+            "load: times faster than safetensors.torch": ("safetensors.torch load", "load"),
+            "verified load: share of BLAKE3": ("BLAKE3", "verified load"),
+        },
+    )
+
+
+def orders(folder: Path) -> Figures:
+    """Return what 1 GiB takes in either memory order, and in layers that hold either."""
+    rows = [np.random.default_rng(i).random((2048, 2048), "f4") for i in range(64)]
+    columns = [np.asfortranarray(array) for array in rows]
+    biases = [np.zeros(2048, "f4") for _ in rows]
+    chains = [
+        gs.Chain(*(gs.Dense(weight, bias) for weight, bias in zip(weights, biases, strict=True)))
+        for weights in (rows, columns)
+    ]
+    path = folder / "orders"
     found = alternating(
         {
-            "plain_write": lambda: plain_write(folder / "plain", arrays),
-            "safetensors_save": lambda: rival.save_file(arrays, theirs),
-            "save": lambda: gs.save(ours, arrays, durable=False),
-            "save_durable": lambda: gs.save(ours, arrays),
-            "safetensors_load": lambda: rival.load_file(theirs),
-            "load": lambda: gs.load(ours),
-            "load_verified": lambda: gs.load(ours, verify=True),
-        }
+            "row-major arrays": lambda: gs.save(path, rows, durable=False),
+            "column-major arrays": lambda: gs.save(path, columns, durable=False),
+            "layers, column-major": lambda: gs.save(path, model=chains[1], durable=False),
+            "layers, row-major": lambda: gs.save(path, model=chains[0], durable=False),
+        },
+        nbytes=3 * GIB,
     )
-    found["save_times_faster"] = round(found["safetensors_save"] / found["save"], 2)
-    found["load_times_faster"] = round(found["safetensors_load"] / found["load"], 2)
-    return found
+    share = ("layers, column-major", "layers, row-major")
+    return ratios(found, {"row-major in layers: share of the speed": share})
 
 
-def chains(folder: Path) -> dict[str, float]:
+def chains(folder: Path) -> Figures:
     """Return what a Chain of 1,000 Dense layers takes beside a dict of its arrays."""
     model = gs.Chain(*(gs.Dense(16, 16) for _ in range(1000)))
-    arrays = dict(enumerate_names(gs.params(model)))
+    arrays = named(gs.params(model))
     one, other = folder / "model.bson", folder / "arrays.bson"
     found = alternating(
         {
             "save": lambda: gs.save(one, model=model, durable=False),
-            "save_arrays": lambda: gs.save(other, arrays, durable=False),
+            "save of the arrays": lambda: gs.save(other, arrays, durable=False),
             "load": lambda: gs.load(one),
-            "load_arrays": lambda: gs.load(other),
+            "load of the arrays": lambda: gs.load(other),
         }
     )
-    found["save_ratio"] = round(found["save"] / found["save_arrays"], 2)
-    found["load_ratio"] = round(found["load"] / found["load_arrays"], 2)
+    pairs = {name: (name, f"{name} of the arrays") for name in ("save", "load")}
+    return ratios(found, {f"{name}: times the arrays'": pair for name, pair in pairs.items()})
+
+
+def growth(folder: Path) -> Figures:
+    """Return microseconds for each array of 128 bytes, for more and more of them."""
+    found: Figures = {}
+    path = folder / "growth"
+    for count in (1_000, 10_000, 100_000):
+        arrays = tiny(count)
+        times = alternating(
+            {
+                "save": lambda arrays=arrays: gs.save(path, arrays, durable=False),
+                "load": lambda: gs.load(path),
+            },
+            3,
+        )
+        for name, value in times.items():
+            found[f"{name}, {count:,} arrays, µs each"] = round(value * 1000 / count, 2)
     return found
 
 
-def enumerate_names(arrays: list[Any]) -> list[tuple[str, Any]]:
-    return [(f"a{index}", array) for index, array in enumerate(arrays)]
+MEMORY = """
+import resource, sys, numpy as np, gpustore as gs
+path, gib, what = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+def now(): return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+if what != "load":
+    weights = [np.ones((4096, 8192), "f4") for _ in range(8 * gib)]
+    model = gs.Chain(*(gs.Dense(w, False) for w in weights)) if what == "layers" else weights
+gs.save(path + ".warm", np.ones(2))
+gs.load(path + ".warm")
+before = max(now(), peak() if what != "load" else 0)
+if what == "load":
+    model = gs.load(path, "model")
+    print(now() - before)
+else:
+    gs.save(path, model=model, durable=False)
+    print(peak() - before)
+"""
+
+
+def memory(folder: Path, gib: int) -> Figures:
+    """Return the MiB of resident memory above the model's own, in processes of their own."""
+    found = {}
+    for what in ("save", "layers", "load"):
+        arguments = [sys.executable, "-c", MEMORY, str(folder / "memory"), str(gib), what]
+        output = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+        label = {"layers": "save of row-major layers"}.get(what, what)
+        found[f"{label}, {gib} GiB: MiB above"] = round(float(output), 1)
+    return found
+
+
+def big(folder: Path) -> Figures:
+    """Return the seconds that 12 GiB take: saved, loaded, verified, three arrays of 4 GiB."""
+    block = np.random.default_rng(0).random(GIB // 4, "f4")
+    path, found = folder / "big", {}
+    start = time.perf_counter()
+    gs.save(path, {name: np.broadcast_to(block, (4, block.size)) for name in "abc"}, durable=False)
+    found["save, s"] = round(time.perf_counter() - start, 1)
+    start = time.perf_counter()
+    loaded = gs.load(path, verify=True)
+    found["verified load, s"] = round(time.perf_counter() - start, 1)
+    found["GiB"] = round(path.stat().st_size / GIB, 1)
+    assert all(np.array_equal(loaded[name][row], block) for name in "abc" for row in range(4))
+    return found
+
+
+def tiny(count: int) -> dict[str, Any]:
+    return named([np.full(32, index, "f4") for index in range(count)])
+
+
+def named(arrays: list[Any]) -> dict[str, Any]:
+    return {f"a{index}": array for index, array in enumerate(arrays)}
+
+
+# --- results ----------------------------------------------------------------------------------
+
+
+def table(results: dict[str, Figures]) -> str:
+    lines = []
+    for case, found in results.items():
+        lines += ["", case]
+        for name, value in found.items():
+            is_time = ":" not in name and "," not in name and name != "GiB"
+            lines.append(f"  {name:46} {value:10.2f}{' ms' if is_time else ''}")
+    return "\n".join(lines[1:])
+
+
+def plot(results: dict[str, Figures], path: Path) -> None:
+    """Draw the times of each case beside its rivals', and how cost grows with the number."""
+    if optional("matplotlib") is None:
+        print("matplotlib is not installed: no plot (pip install 'gpustore[bench]')")
+        return
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    importlib.import_module("matplotlib").use("Agg")
+    cases = [case for case, found in results.items() if "plain write" in found]
+    figure, axes = pyplot.subplots(1, len(cases) + 1, figsize=(4.2 * (len(cases) + 1), 4.6))
+    for axis, case in zip(axes, cases, strict=False):
+        found = {k: v for k, v in results[case].items() if ":" not in k}
+        colours = ["tab:blue" if "save" in k or "load" in k else "tab:gray" for k in found]
+        colours = [
+            "tab:orange" if "safetensors" in k else c for k, c in zip(found, colours, strict=True)
+        ]
+        axis.barh(list(found), list(found.values()), color=colours)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlabel("ms (log)")
+        axis.set_title(case, fontsize=10)
+    for name in ("save", "load"):
+        found = {k: v for k, v in results["growth"].items() if k.startswith(name)}
+        counts = [int(key.split(",", 1)[1].split(" arrays")[0].replace(",", "")) for key in found]
+        axes[-1].plot(counts, list(found.values()), marker="o", label=name)
+    axes[-1].set(xscale="log", xlabel="arrays of 128 bytes", ylabel="µs for each", ylim=(0, None))
+    axes[-1].legend()
+    axes[-1].set_title("growth", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    try:
-        import safetensors.numpy as rival
-    except ImportError:
-        print("safetensors is not installed: nothing to compare with (pip install safetensors)")
-        return
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?")
+    parser.add_argument("--big", action="store_true")
+    options = parser.parse_args()
     rng = np.random.default_rng(0)
-    cases = {
-        "1 GiB in 64 arrays": [rng.random(GIB // 256, "f4").reshape(2048, -1) for _ in range(64)],
-        "1 GiB in 1 array": [rng.random(GIB // 4, "f4").reshape(2**14, -1)],
-        "10,000 arrays of 128 bytes": [np.full(32, i, "f4") for i in range(10_000)],
-    }
-    results: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if sys.argv[1:] else None) as name:
+    results: dict[str, Figures] = {}
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        for case, arrays in cases.items():
-            results[case] = measure(folder, dict(enumerate_names(arrays)), rival)
+        arrays = named([rng.random(GIB // 256, "f4").reshape(2048, -1) for _ in range(64)])
+        results["1 GiB in 64 arrays"] = rivals(folder, arrays)
+        results["1 GiB in 1 array"] = rivals(folder, {"a": np.stack(list(arrays.values()))})
+        del arrays
+        results["10,000 arrays of 128 bytes"] = rivals(folder, tiny(10_000))
+        results["the same, detached"] = rivals(folder, tiny(10_000), "detached")
         results["Chain of 1,000 Dense(16, 16) beside a dict of its arrays"] = chains(folder)
-    for case, found in results.items():
-        print(case)
-        for name, value in found.items():
-            print(f"  {name:20} {value:10.2f}{'' if 'times' in name or 'ratio' in name else ' ms'}")
-    RESULTS.write_text(
-        json.dumps({"machine": machine(), "runs": RUNS, "ms": results}, indent=2) + "\n"
-    )
+        results["1 GiB in each memory order"] = orders(folder)
+        results["growth"] = growth(folder)
+        results["memory"] = memory(folder, 1)
+        if options.big:
+            results["memory"] |= memory(folder, 8)
+            results["12 GiB in 3 arrays"] = big(folder)
+    print(table(results))
+    record = {"machine": machine(), "runs": RUNS, "figures": results}
+    (RESULTS / "cpu.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    plot(results, RESULTS / "cpu.png")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ import numpy as np
 from gpustore.activations import identity
 from gpustore.errors import MismatchError
 from gpustore.layers import printed
+from gpustore.notebook import Shown
 
 
 @dataclass(repr=False, eq=False)
-class MultiHeadAttention:
+class MultiHeadAttention(Shown):
     """Attention of several heads (Vaswani 2017): projections, and weights by their scaled products.
 
     The projections are layers such as Dense without bias; `attn_drop` a Dropout or a function.

@@ -24,6 +24,7 @@ from gpustore.layers import (
     printed,
     show,
 )
+from gpustore.notebook import Shown
 
 _IDENTITY = staticmethod(identity)  # as a class attribute it is no method
 
@@ -39,7 +40,7 @@ def _shape(array: Any) -> tuple[Any, ...]:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class Scale:
+class Scale(Shown):
     """Element-wise scaling: σ(scale * x + bias); `Flux.Diagonal` in older files.
 
     `Scale(5, 3)` makes scale and bias of shape (5, 3); `Scale(scale, bias, σ)` takes arrays.
@@ -88,7 +89,7 @@ class Scale:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class Bilinear:
+class Bilinear(Shown):
     """z[i] = σ(x' * weight[i, :, :] * y + bias[i]), for two inputs or one twice.
 
     >>> Bilinear((3, 4), 5)
@@ -150,7 +151,7 @@ class Bilinear:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class Embedding:
+class Embedding(Shown):
     """A table of vectors: weight (out, in), one column for each index from 1 to in.
 
     >>> Embedding(26, 4)
@@ -219,7 +220,7 @@ def _looked_up(layer: Any, weight: Any, x: Any) -> Any:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class EmbeddingBag:
+class EmbeddingBag(Shown):
     """Embeddings of the indices of a bag, reduced to one vector: by mean, total or maximum.
 
     >>> EmbeddingBag(26, 4)
@@ -273,7 +274,7 @@ def _shown(layers: Any) -> str:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class Maxout:
+class Maxout(Shown):
     """The largest of the layers' outputs, element by element.
 
     >>> Maxout(np.sin, np.cos)
@@ -294,7 +295,7 @@ class Maxout:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class SkipConnection:
+class SkipConnection(Shown):
     """connection(layers(x), x): the input goes around the layers.
 
     >>> SkipConnection(np.tanh, np.add)
@@ -315,7 +316,7 @@ class SkipConnection:
         return f"SkipConnection({show(self.layers)}, {show(self.connection)})"
 
 
-class _Joined:
+class _Joined(Shown):
     """What Parallel and PairwiseFusion share: indexing by number or name, printing."""
 
     layers: Any

@@ -18,6 +18,7 @@ from gpustore.activations import identity
 from gpustore.correlation import correlate, flipped, transposed
 from gpustore.errors import MismatchError, UnsupportedValueError
 from gpustore.layers import activate, glorot_uniform, made_bias, matched, plain, printed, show
+from gpustore.notebook import Shown
 
 
 class SamePad:
@@ -44,7 +45,7 @@ def both_sides(pad: Any, n: int) -> list[tuple[int, int]]:
     return [(p, p) for p in given]
 
 
-class _Convolution:
+class _Convolution(Shown):
     """What the layers share: construction, the way to reversed axes and back, printing."""
 
     σ: Any

@@ -35,3 +35,9 @@ def blake3_digest(buffer: Any, *, threads: int | None = None) -> bytes:
     """
     octets = np.frombuffer(buffer, np.uint8).data  # memoryview.cast takes not every dtype
     return hasher(octets.nbytes, threads=threads).update(octets).digest()
+
+
+def digests(rows: Any) -> list[bytes]:
+    """Return the digest of each row of a matrix of bytes."""
+    whole, nbytes = rows.tobytes(), rows.shape[1]
+    return [blake3(whole[i * nbytes : (i + 1) * nbytes]).digest() for i in range(len(rows))]

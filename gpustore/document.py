@@ -72,11 +72,13 @@ def trailer(writer: str, layout: str) -> dict[str, Any]:
     return {"version": Int64(FORMAT_VERSION), "writer": writer, "layout": layout}
 
 
-def encode(document: dict[str, Any]) -> Encoded:
-    """Return a document without payloads, encoded by PyMongo's codec."""
+def encode(node: dict[str, Any] | list[Any]) -> Encoded:
+    """Return a document or array without payloads, encoded by PyMongo's codec."""
     import bson
 
-    return Encoded(bson.encode(document))
+    if isinstance(node, dict):
+        return Encoded(bson.encode(node))
+    return Encoded(bson.encode({"": node})[6:-1], kind=4)
 
 
 def scan(buffer: Any, *, name: str = "buffer", slot_nbytes: int = SLOT_NBYTES) -> dict[str, Any]:
@@ -103,26 +105,34 @@ def _attach(document: dict[str, Any], start: int, limit: int, name: str) -> None
 
     Payloads lie after the document, within the file, aligned, in the order of the document.
     """
-    for node in walk(document):
-        data = node.get("data")
-        if node.get("tag") != "array" or not isinstance(data, dict) or "offset" not in data:
+    Int64 = int64()
+    stack: list[Any] = [document]
+    while stack:
+        node = stack.pop()
+        if type(node) is list:
+            stack.extend(reversed(node))
+        if type(node) is not dict:
             continue
-        offset: Any = data.get("offset")
+        data = node.get("data")
+        if type(data) is not dict or node.get("tag") != "array" or "offset" not in data:
+            stack.extend(reversed(node.values()))
+            continue
+        offset: Any = data["offset"]
         nbytes: Any = data.get("nbytes")
-        if not all(type(n) is int64() and n >= 0 for n in (offset, nbytes)):
+        if type(offset) is not Int64 or type(nbytes) is not Int64 or offset < 0 or nbytes < 0:
             raise FormatError(f"{name}: a detached array is said to lie at {data!r}; it is damaged")
         if offset < start or offset % 64:
             raise FormatError(
                 f"{name}: expected a detached array at a multiple of 64 from byte {start} on, "
                 f"found one at {offset}; the file is damaged"
             )
-        if offset + nbytes > limit:
+        start = offset + nbytes
+        if start > limit:
             raise TruncatedFileError(
                 f"{name}: byte {offset}: expected {nbytes} bytes, found {max(limit - offset, 0)}; "
                 "the file is cut off or damaged: copy or download it again"
             )
-        node["data"] = Slot(int(offset), int(nbytes))
-        start = offset + nbytes
+        node["data"] = Slot(offset, nbytes)
 
 
 def walk(document: Any) -> Iterator[dict[str, Any]]:

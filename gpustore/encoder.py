@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from gpustore import rows
 from gpustore.digest import DIGEST_NBYTES
 from gpustore.errors import UnsupportedValueError
 from gpustore.layout import (
+    DETACHED_TAIL,
     DIGEST_ELEMENT,
     DOUBLE,
     INLINE_LIMIT,
@@ -21,6 +26,8 @@ from gpustore.layout import (
     Plan,
     TooLong,
 )  # fmt: skip
+
+_ROW = 8  # elements from this number on are looked at for rows
 
 
 class Encoder:
@@ -39,20 +46,45 @@ class Encoder:
     def document(self, value: dict[str, Any], trailer: dict[str, Any] | None = None) -> None:
         segment, start, position = self.segment, len(self.segment), self.position()
         segment += b"\0\0\0\0"
-        for key, child in value.items():
-            self.element(_cstring(key), child)
+        if len(value) >= _ROW:
+            self.elements(_cstrings(list(value)), list(value.values()))
+        else:
+            for key, child in value.items():
+                self.element(_cstring(key), child)
         if trailer is not None:
             self.trailer(trailer)
         self.segment.append(0)
         self.length(segment, start, self.position() - position)
 
-    def array(self, values: Iterable[Any]) -> None:
+    def array(self, values: list[Any]) -> None:
         segment, start, position = self.segment, len(self.segment), self.position()
         segment += b"\0\0\0\0"
-        for index, child in enumerate(values):
-            self.element(b"%d\0" % index, child)
+        if len(values) >= _ROW:
+            self.elements([b"%d\0" % index for index in range(len(values))], values)
+        else:
+            for index, child in enumerate(values):
+                self.element(b"%d\0" % index, child)
         self.segment.append(0)
         self.length(segment, start, self.position() - position)
+
+    def elements(self, keys: list[bytes], nodes: list[Any]) -> None:
+        """Encode many elements, small arrays alike with names of one length as rows."""
+        done = 0
+        for start, stop in rows.shared(nodes):
+            edges = [
+                start,
+                *(i for i in range(start + 1, stop) if len(keys[i]) != len(keys[i - 1])),
+            ]
+            for first, last in itertools.pairwise([*edges, stop]):
+                # the first one is encoded by itself: its padding may differ
+                if last - first <= _ROW or not rows.is_small(nodes[first:last]):
+                    continue
+                for index in range(done, first + 1):
+                    self.element(keys[index], nodes[index])
+                self.row(keys[first + 1 : last], nodes[first + 1 : last])
+                done = last
+        for index in range(done, len(nodes)):
+            self.element(keys[index], nodes[index])
 
     def trailer(self, value: dict[str, Any]) -> None:
         self.segment += b"\x03_gpustore\0"
@@ -96,6 +128,24 @@ class Encoder:
         self.segment = bytearray(after)
         self.structures.append(self.segment)
 
+    def row(self, keys: list[bytes], nodes: list[Any]) -> None:
+        """Encode a row as one bare payload, of which the structure is hashed."""
+        payloads = rows.stacked([node["data"].content for node in nodes])
+        like = Encoder()
+        like.base = self.position()
+        like.element(keys[0], nodes[0])
+        before, after = like.structures
+        stop = len(before) + payloads.shape[1]
+        template = before + bytes(payloads.shape[1]) + after
+        matrix = rows.filled(template, keys, payloads, stop + len(DIGEST_ELEMENT))
+        matrix[:, len(before) : stop] = payloads
+        hashed = np.concatenate((matrix[:, : len(before)], matrix[:, stop:]), axis=1)
+        whole = matrix.reshape(-1)
+        self.base = self.position() + whole.size
+        self.payloads.append(Payload(whole.size, None, True, whole, hashed.reshape(-1)))
+        self.segment = bytearray()
+        self.structures.append(self.segment)
+
     def finish(self) -> Plan:
         return Plan(self.structures, self.payloads, self.position())
 
@@ -105,7 +155,8 @@ class DetachedEncoder(Encoder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.offsets: list[int] = []  # where in the document each offset belongs
+        # where in the document each offset belongs; of a row with the distance of its payloads
+        self.offsets: list[int | tuple[range, int]] = []
 
     def payload(self, key: bytes, value: Payload) -> None:
         if value.is_bare:
@@ -114,24 +165,51 @@ class DetachedEncoder(Encoder):
             return
         self.payloads.append(value)
         _encode_dict(self, key, {"offset": int64()(0), "nbytes": int64()(value.nbytes)})
-        self.offsets.append(len(self.segment) - len(_DETACHED_TAIL) - 8)
+        self.offsets.append(len(self.segment) - len(DETACHED_TAIL) - 8)
         self.segment += DIGEST_ELEMENT + bytes(DIGEST_NBYTES)
+
+    def row(self, keys: list[bytes], nodes: list[Any]) -> None:
+        """Encode a row; its payloads are one, with zeros between them."""
+        payloads = rows.stacked([node["data"].content for node in nodes])
+        like = DetachedEncoder()
+        like.element(keys[0], nodes[0])
+        (at,) = like.offsets
+        assert isinstance(at, int)
+        matrix = rows.filled(like.segment, keys, payloads, _digest_of(at).start)
+        start, (count, nbytes) = len(self.segment) + at, payloads.shape
+        places = range(start, start + matrix.size, len(like.segment))
+        self.segment += matrix.reshape(-1).data
+        spaced = np.zeros((count, _aligned(nbytes, 64)), np.uint8)
+        self.offsets.append((places, spaced.shape[1]))
+        spaced[:, :nbytes] = payloads
+        whole = spaced.reshape(-1)[: spaced.size - spaced.shape[1] + nbytes]
+        gaps = bytes(whole.size - payloads.size)
+        self.payloads.append(Payload(whole.size, None, True, whole, gaps))
 
     def finish(self) -> Plan:
         """Place the payloads, in order and aligned, after the document and its padding."""
         position, places = _aligned(len(self.segment), 4096), []
         for at, payload in zip(self.offsets, self.payloads, strict=True):
-            alignment = 64 if payload.nbytes < PAGE_ALIGNED_NBYTES else 4096
-            position = _aligned(position, alignment)
-            INT64.pack_into(self.segment, at, position)
-            digest = at + 8 + len(_DETACHED_TAIL) + len(DIGEST_ELEMENT)
-            places.append(Place(position, slice(digest, digest + DIGEST_NBYTES)))
+            if isinstance(at, tuple):
+                (within, distance), position = at, _aligned(position, 64)
+                count, pitch = len(within), (within.step,)
+                column: Any = np.ndarray(count, "<i8", self.segment, within.start, pitch)
+                column[:] = position + distance * np.arange(count)
+                places.append(Place(position, None))
+            else:
+                alignment = 64 if payload.nbytes < PAGE_ALIGNED_NBYTES else 4096
+                position = _aligned(position, alignment)
+                INT64.pack_into(self.segment, at, position)
+                places.append(Place(position, _digest_of(at)))
             position += payload.nbytes
         nbytes = position if places else len(self.segment)
         return Plan([self.segment], self.payloads, nbytes, tuple(places))
 
 
-_DETACHED_TAIL = b"\x12nbytes\0" + bytes(8) + b"\0"  # what follows an offset in `data`
+def _digest_of(at: int) -> slice:
+    """Return where in the document the digest belongs whose array has its offset `at` there."""
+    start = at + 8 + len(DETACHED_TAIL) + len(DIGEST_ELEMENT)
+    return slice(start, start + DIGEST_NBYTES)
 
 
 def _aligned(position: int, alignment: int) -> int:
@@ -144,6 +222,11 @@ def _cstring(key: str) -> bytes:
     if b"\0" in encoded:
         raise UnsupportedValueError(f"a key cannot hold a NUL character: {key!r}")
     return encoded + b"\0"
+
+
+def _cstrings(keys: list[str]) -> list[bytes]:
+    encoded = [key + b"\0" for key in "\0".join(keys).encode().split(b"\0")]
+    return encoded if len(encoded) == len(keys) else [_cstring(key) for key in keys]
 
 
 def _encode_int(encoder: Encoder, key: bytes, value: int) -> None:
@@ -189,7 +272,7 @@ def _encode_list(encoder: Encoder, key: bytes, value: list[Any]) -> None:
 
 
 def _encode_encoded(encoder: Encoder, key: bytes, value: Encoded) -> None:
-    encoder.segment += b"\x03" + key + value.bson
+    encoder.segment += b"%c%b%b" % (value.kind, key, value.bson)
 
 
 _ENCODERS: dict[type, Callable[[Encoder, bytes, Any], None]] = {

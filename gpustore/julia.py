@@ -14,6 +14,7 @@ import numpy as np
 
 from gpustore.document import Slot
 from gpustore.errors import FormatError, OpaqueCodeError
+from gpustore.notebook import Shown
 
 LEAF = {"leaf": True}  # tree.py does not look inside fields that are marked so
 
@@ -33,7 +34,7 @@ class Symbol(str):
     __str__ = str.__str__
 
 
-class NamedTuple(dict[str, Any]):
+class NamedTuple(Shown, dict[str, Any]):
     """A Julia NamedTuple: a dict that is written back as one; `nt.lr` is `nt["lr"]`.
 
     `julia_type` is the type it had in its file.
@@ -51,8 +52,13 @@ class NamedTuple(dict[str, Any]):
         return f"NamedTuple({super().__repr__()})"
 
 
+class _Hashed:
+    __slots__ = ("known_hash",)
+    known_hash: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class JuliaType:
+class JuliaType(_Hashed):
     """The name of a Julia type, `("Core", "Array")`, and its parameters, as the file spells them.
 
     >>> JuliaType.named("Core.Array", JuliaType.named("Core.Float32"), 2)
@@ -77,7 +83,11 @@ class JuliaType:
         return len(self.params) == len(other.params) and all(_is_equal(a, b) for a, b in pairs)
 
     def __hash__(self) -> int:
-        return hash((self.path, self.params))
+        try:  # worked out once: types are the keys that writing looks up
+            return self.known_hash
+        except AttributeError:
+            object.__setattr__(self, "known_hash", hash((self.path, self.params)))
+            return self.known_hash
 
     @property
     def name(self) -> str:
@@ -146,7 +156,7 @@ class OpaqueDocument:
 
 
 @dataclass(slots=True, eq=False)
-class Struct:
+class Struct(Shown):
     """A Julia struct with no Python twin: `data` by position, or the raw bytes of a primitive.
 
     `fields` are the names where they are known (files do not hold them): `struct.lr` is then

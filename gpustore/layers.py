@@ -15,6 +15,7 @@ import numpy as np
 
 from gpustore.activations import identity
 from gpustore.errors import MismatchError, UnsupportedValueError
+from gpustore.notebook import Shown
 
 
 def fans(*shape: int) -> tuple[int, int]:
@@ -102,7 +103,7 @@ def show(layer: Any) -> str:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class Dense:
+class Dense(Shown):
     """A fully connected layer: σ(weight @ x + bias).
 
     `Dense(in, out, σ)` makes the weight (out, in) by `init` and a bias (out,) of zeros;
@@ -201,7 +202,7 @@ def _size(n: Any, name: str) -> int:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class Chain:
+class Chain(Shown):
     """Layers applied one after the other; any callable is a layer.
 
     `layers` is a tuple, a list (as old files hold) or a dict (`Chain(first=..., second=...)`).

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpustore.digest import DIGEST_NBYTES
 
@@ -18,47 +18,60 @@ MAX_NAME_NBYTES = 64 * 1024
 MAX_DEPTH = 200
 INLINE_LIMIT = 2**31 - 1  # BSON lengths are signed 32-bit numbers
 PAGE_ALIGNED_NBYTES = 1024 * 1024  # payloads from this size on begin on a page
+ROW_NBYTES = 1024 * 1024  # of small documents in a row that are handled at once
+SMALL_NBYTES = 512  # arrays up to this size are copied into the plan of a file
 
 INT32 = struct.Struct("<i")
 INT64 = struct.Struct("<q")
 DOUBLE = struct.Struct("<d")
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """Where a binary lies in a file: `offset` from the start of the file, both in bytes."""
 
     offset: int
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Payload:
     """Bytes to be streamed into a file: `chunks()` yields C-contiguous buffers, `nbytes` in all.
 
-    A bare one is neither aligned nor given a digest: it counts as part of the structure.
-    `device_array` is an array of CuPy whose row-major bytes they are, where there is one.
+    A bare one is neither aligned nor given a digest: it counts as part of the structure, or that
+    of it does which is `hashed`. `content` is the C-contiguous host array of a small one,
+    `device_array` the array of CuPy whose row-major bytes they are, where there is one.
     """
 
     nbytes: int
-    chunks: Callable[[], Iterable[Any]]
+    make_chunks: Callable[[], Iterable[Any]] | None
     is_bare: bool = False
+    content: Any = None
+    hashed: Any = None
     device_array: Any = None
+
+    def chunks(self) -> Iterable[Any]:
+        if self.make_chunks is None:
+            return (self.content.reshape(-1).view("u1"),)
+        return self.make_chunks()
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A subtree that is already encoded as a BSON document."""
+    """A subtree that is already encoded: a BSON document, or with `kind` 4 an array."""
 
     bson: bytes
+    kind: int = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a detached payload lies in the file, and where in the document its digest belongs."""
+    """Where a detached payload lies in the file, and where in the document its digest belongs.
+
+    No digest belongs there for a row of payloads, which have theirs already.
+    """
 
     offset: int
-    digest: slice
+    digest: slice | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +89,7 @@ class Plan:
 
 
 DIGEST_ELEMENT = b"\x05blake3\0" + INT32.pack(DIGEST_NBYTES) + b"\0"
+DETACHED_TAIL = b"\x12nbytes\0" + bytes(8) + b"\0"  # what follows an offset in `data`
 PAYLOAD_DIGEST = slice(len(DIGEST_ELEMENT), len(DIGEST_ELEMENT) + DIGEST_NBYTES)
 STRUCTURE_DIGEST = slice(-2 - DIGEST_NBYTES, -2)  # two terminators follow it
 

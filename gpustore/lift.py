@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from gpustore import flux, twins
-from gpustore.digest import DIGEST_NBYTES
+from gpustore import flux, specs, twins
 from gpustore.document import Slot, int64
 from gpustore.eras import StructKind
 from gpustore.errors import FormatError
-from gpustore.interpret import Runner
 from gpustore.julia import (
     ArraySpec,
     JuliaType,
@@ -30,25 +26,24 @@ from gpustore.julia import (
     Source,
     Struct,
     Symbol,
-    dtype_of,
-    extension_dtype,
     is_of_both_orders,
 )
 from gpustore.tree import TrackedArray
-from gpustore.values import BARE, Entries, JuliaArray, with_origin
+from gpustore.values import BARE, Entries, with_origin
 
-MAX_RANK = 32
 RESERVED = ("_backrefs", "_gpustore")
 _GPU_ARRAYS = ("CuArray", "ROCArray", "MtlArray", "oneArray")
 _ATOMS = frozenset((str, float, bool, type(None)))
 _UNKNOWN = object()
-_DEVICE_TAG = re.compile(r"cpu|cuda:(0|[1-9][0-9]{0,2})")
 _COMPOSED = ("Base.Fix1", "Base.Fix2", "Base.ComposedFunction")
 _OPAQUETAGS = ("unionall", "ref", "svec", "jl_anonymous", "jl_bottom_type")
 
 
 class Lifter:
-    """Lifts the parts of one document; `make_array(spec, path)` builds each array."""
+    """Lifts the parts of one document; `make_array(spec, path)` builds each array.
+
+    `make_row(spec, payloads)` may build those of a row alike at once, of which `spec` is the first.
+    """
 
     def __init__(
         self,
@@ -57,13 +52,14 @@ class Lifter:
         read: Callable[[Slot], bytes],
         name: str,
         functions: Mapping[str, Callable[..., Any]] | None = None,
+        make_row: Callable[[ArraySpec, list[Any]], list[Any] | None] | None = None,
     ) -> None:
         backrefs = document.get("_backrefs", [])
         if not isinstance(backrefs, list):
             raise FormatError(f"{name}: _backrefs: expected a list")
         self.source = Source(name, backrefs, read)
         self.resolve, self.malformed = self.source.resolve, self.source.malformed
-        self.make_array, self.read, self.name = make_array, read, name
+        self.make_array, self.make_row, self.read, self.name = make_array, make_row, read, name
         self.functions = {name.replace(".#", "."): f for name, f in (functions or {}).items()}
         self.memo: dict[int, Any] = {}  # id of a document or list -> its value
         self.types: dict[Any, JuliaType] = {}
@@ -88,7 +84,7 @@ class Lifter:
         if isinstance(node, int):
             return int(node)
         if isinstance(node, (bytes, Slot)):
-            spec = ArraySpec(np.dtype("u1"), (_nbytes(node),), "F", "cpu", node, None)
+            spec = ArraySpec(np.dtype("u1"), (specs.nbytes_of(node),), "F", "cpu", node, None)
             return with_origin(self.make_array(spec, path), BARE)
         if kind.__name__ == "DBRef":  # how the codec gives a document that has the key `$ref`
             return self.mapping(dict(node.as_doc()), path)
@@ -103,6 +99,7 @@ class Lifter:
             return known
         values: list[Any] = []
         self.memo[id(node)] = values
+        specs.lift_rows(self, node)
         for i, child in enumerate(node):
             is_atom = type(child) in _ATOMS
             values.append(child if is_atom else self.value(child, f"{path}[{i}]"))
@@ -139,17 +136,23 @@ class Lifter:
     def mapping(self, node: dict[str, Any], path: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
         self.memo[id(node)] = values
+        specs.lift_rows(self, node.values())
+        known = self.memo.get
         for key, child in node.items():
-            values[key] = self.value(child, f"{path}[{key!r}]")
+            value = known(id(child), _UNKNOWN)
+            values[key] = self.value(child, f"{path}[{key!r}]") if value is _UNKNOWN else value
         return values
 
     def entries(self, document: dict[str, Any], names: tuple[str, ...] | None) -> dict[str, Any]:
         """Return the top-level entries of these names (all of them for None)."""
-        found: dict[str, Any] = {
-            key: self.value(child, key)
-            for key, child in document.items()
-            if key not in RESERVED and (names is None or key in names)
-        }
+        if names is None:
+            specs.lift_rows(self, document.values())
+        found: dict[str, Any] = {}
+        known = self.memo.get
+        for key, child in document.items():
+            if key not in RESERVED and (names is None or key in names):
+                value = known(id(child), _UNKNOWN)
+                found[key] = self.value(child, key) if value is _UNKNOWN else value
         if self.spelling:
             found = Entries(found)
             found.spelling = frozenset(self.spelling)
@@ -167,23 +170,29 @@ class Lifter:
     def opaque(self, node: dict[str, Any], path: str) -> OpaqueDocument:
         return OpaqueDocument(node, self.source)
 
+    def type_in(self, node: dict[str, Any], path: str) -> Any:
+        """Return the type in a struct or array document."""
+        found = node.get("type")
+        if type(found) is dict and found.get("tag") == "datatype":
+            return self.datatype(found, path)
+        return self.value(self.field(node, "type", dict, path), path)
+
     def datatype(self, node: dict[str, Any], path: str) -> JuliaType | OpaqueDocument:
-        names, params = node.get("name"), node.get("params", [])
-        if not isinstance(names, list):
-            raise self.malformed(path, "`name` of a datatype document is not a list of strings")
-        if params:
-            params = self.resolve(params, path)
-        plain = self.plain_type(names, path)
-        if not params and isinstance(params, list):
+        plain = self.plain_type(node.get("name"), path)
+        params = node.get("params")
+        if params == [] or "params" not in node:
             return plain
-        lifted = self.type_params(params, path)
+        lifted = self.type_params(self.resolve(params, path), path)
         return (
             OpaqueDocument(node, self.source) if lifted is None else JuliaType(plain.path, lifted)
         )
 
-    def plain_type(self, names: list[str], path: str) -> JuliaType:
+    def plain_type(self, names: Any, path: str) -> JuliaType:
         """Return the type of this name without parameters; each is made once."""
-        spelling = "\0".join(names) if all(type(part) is str for part in names) else None
+        try:
+            spelling = "\0".join(names) if type(names) is list else None
+        except TypeError:
+            spelling = None
         if spelling is None:
             raise self.malformed(path, "`name` of a datatype document is not a list of strings")
         known = self.types.get(spelling)
@@ -199,9 +208,16 @@ class Lifter:
         None stands for an array of elements that have no dtype here.
         """
         if isinstance(params, list):
-            return tuple(self.value(param, path) for param in params)
+            return tuple(
+                [
+                    self.datatype(param, path)
+                    if type(param) is dict and param.get("tag") == "datatype"
+                    else self.value(param, path)
+                    for param in params
+                ]
+            )
         if isinstance(params, dict) and params.get("tag") == "array":
-            spec = self.array_spec(params, path)
+            spec = specs.array_spec(self, params, path)
             if isinstance(spec, ArraySpec):
                 array = np.frombuffer(self.bytes_of(spec.payload), spec.dtype)
                 return tuple(array.tolist() if spec.dtype.char in "?l" else array)
@@ -209,98 +225,22 @@ class Lifter:
         raise self.malformed(path, "the parameters of a datatype document are not a list")
 
     def array(self, node: dict[str, Any], path: str) -> Any:
-        spec = self.array_spec(node, path)
+        spec = specs.array_spec(self, node, path)
         if node.get("python") == "bytes" and isinstance(spec, ArraySpec):
             return self.bytes_of(spec.payload)
         return self.make_array(spec, path) if isinstance(spec, ArraySpec) else spec
 
-    def array_spec(self, node: dict[str, Any], path: str) -> ArraySpec | JuliaArray:
-        """Check an array document against its own payload."""
-        quick = self.quick_spec(node)
-        if quick is not None:
-            return quick
-        shape = self.shape(node, path)
-        element_type = self.value(self.field(node, "type", dict, path), path)
-        payload = self.field(node, "data", (bytes, Slot, list), path)
-        dtype = self.dtype(node, element_type, path)
-        if dtype is not None and "dtype" not in node and not element_type.params:
-            self.dtypes["\0".join(element_type.path)] = dtype
-        if dtype is None or isinstance(payload, list):
-            if isinstance(payload, list):
-                array = self.memo[id(node)] = JuliaArray(element_type, shape, [])
-                array.data = self.elements(payload, path)
-                return array
-            return JuliaArray(element_type, shape, self.bytes_of(payload))
-        expected, found = math.prod(shape) * dtype.itemsize, _nbytes(payload)
-        if expected != found:
-            raise self.malformed(
-                path, f"expected {expected} bytes for {dtype} {shape}, found {found}"
-            )
-        device, digest = node.get("device", "cpu"), node.get("blake3")
-        if not isinstance(device, str) or not _DEVICE_TAG.fullmatch(device):
-            raise self.malformed(path, f"expected a device tag `cuda:<n>`, found {device!r}")
-        if digest is not None:
-            if not isinstance(digest, (bytes, Slot)) or _nbytes(digest) != DIGEST_NBYTES:
-                raise self.malformed(path, f"the digest is not of {DIGEST_NBYTES} bytes")
-            digest = self.bytes_of(digest)
-        return ArraySpec(dtype, shape, "F", device, payload, digest)
-
-    def quick_spec(self, node: dict[str, Any]) -> ArraySpec | None:
-        """Return the spec of an array document of the usual form; None where it needs a look."""
-        kind: Any = node.get("type")
-        sizes: Any = node.get("size")
-        payload: Any = node.get("data")
-        digest = node.get("blake3")
-        is_usual = type(kind) is dict and kind.get("params") == [] and type(sizes) is list
-        if not is_usual or "dtype" in node or "device" in node or len(sizes) > MAX_RANK:
-            return None
-        names = kind.get("name")
-        if type(names) is not list or not all(type(name) is str for name in names):
-            return None
-        dtype, count = self.dtypes.get("\0".join(names)), 1
-        for size in sizes:
-            if type(size) is not self.int64 or size <= 0:
-                return None
-            count *= size
-        is_payload = type(payload) is bytes or type(payload) is Slot
-        if dtype is None or not is_payload or count * dtype.itemsize != _nbytes(payload):
-            return None
-        if digest is not None and (type(digest) is not bytes or len(digest) != DIGEST_NBYTES):
-            return None
-        return ArraySpec(dtype, tuple(map(int, sizes)), "F", "cpu", payload, digest)
-
-    def shape(self, node: dict[str, Any], path: str) -> tuple[int, ...]:
-        sizes = self.field(node, "size", list, path)
-        for size in sizes:
-            if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**62:
-                raise self.malformed(path, f"the size of an array is {sizes!r}")
-        if len(sizes) > MAX_RANK:
-            raise self.malformed(path, f"expected at most {MAX_RANK} dimensions, not {len(sizes)}")
-        shape = tuple(int(size) for size in sizes)
-        if math.prod(size for size in shape if size) >= 2**62:
-            raise self.malformed(path, f"an array of shape {shape} is too large to address")
-        return shape
-
-    def dtype(self, node: dict[str, Any], element_type: Any, path: str) -> np.dtype[Any] | None:
-        dtype, name = dtype_of(element_type), node.get("dtype")
-        if name is None:
-            return dtype
-        extension = extension_dtype(name) if isinstance(name, str) else None
-        if extension is None or dtype is None or extension.itemsize != dtype.itemsize:
-            raise self.malformed(path, f"{name!r} is no dtype carried by {element_type!r}")
-        return extension
-
     # --- structs ---
 
     def struct(self, node: dict[str, Any], path: str) -> Any:
-        julia_type = self.value(self.field(node, "type", dict, path), path)
+        julia_type = self.type_in(node, path)
         content = self.field(node, "data", (list, bytes, Slot), path)
         if isinstance(julia_type, OpaqueDocument) and julia_type.document["tag"] == "jl_anonymous":
             return self.function(node, julia_type, content, path)
         if not isinstance(julia_type, (JuliaType, OpaqueDocument)):
             raise self.malformed(path, f"the type of a struct document is {julia_type!r}")
         if isinstance(content, (bytes, Slot)):
-            dtype = self.dtype(node, julia_type, path)
+            dtype = specs.dtype_at(self, node, julia_type, path)
             return _primitive(julia_type, dtype, self.bytes_of(content))
         name = julia_type.name if isinstance(julia_type, JuliaType) else ""
         if name in flux.NAMES:
@@ -321,6 +261,8 @@ class Lifter:
         self, node: dict[str, Any], julia_type: Any, content: Any, path: str
     ) -> OpaqueFunction:
         function = self.memo[id(node)] = OpaqueFunction(julia_type, [])
+        from gpustore.interpret import Runner  # 10 ms, for files with functions only
+
         function.run = Runner(self.value, self.functions)
         function.captured.extend(self.children(content, path + ".captured"))
         return function
@@ -394,7 +336,7 @@ class Lifter:
             return NotImplemented
         if julia_type.params[2] != tuple(range(rank, 0, -1)):
             return NotImplemented
-        spec = self.array_spec(parent, path)
+        spec = specs.array_spec(self, parent, path)
         if not isinstance(spec, ArraySpec) or len(spec.shape) != rank:
             return NotImplemented
         if is_of_both_orders(spec.shape):
@@ -422,10 +364,6 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
     "Base.PermutedDimsArrays.PermutedDimsArray": Lifter.permuted,
     "Base.Some": Lifter.wrapped,
 }
-
-
-def _nbytes(payload: Any) -> int:
-    return payload.nbytes if isinstance(payload, Slot) else len(payload)
 
 
 def _primitive(

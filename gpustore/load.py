@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import devices, document, storage, transfer, tree
+from gpustore import devices, document, notebook, storage, transfer, tree
 from gpustore.document import FORMAT_VERSION, Slot
 from gpustore.errors import (
     CUDAUnavailableError,
@@ -173,7 +173,8 @@ class _Arrays:
         self.kept: list[Any] = []  # keeps those arrays alive, as their ids are used
 
     def lifter(self, content: dict[str, Any]) -> Lifter:
-        return Lifter(content, self.make, self.read, self.file.path, self.functions)
+        make_row = self.make_row
+        return Lifter(content, self.make, self.read, self.file.path, self.functions, make_row)
 
     def read(self, slot: Slot) -> bytes:
         return bytes(self.file.buffer[slot.offset : slot.offset + slot.nbytes])
@@ -185,6 +186,16 @@ class _Arrays:
             self.tags[id(array)] = spec.device
             self.kept.append(array)
         return array
+
+    def make_row(self, spec: ArraySpec, payloads: list[Any]) -> list[Any] | None:
+        """Return arrays that differ in their bytes only, or None where it is not for this way."""
+        if not spec.shape or spec.device != "cpu":
+            return None
+        row: list[Any] | None = transfer.host_row(
+            self.file.buffer, payloads, spec.dtype, spec.shape
+        )
+        self.counts["cpu"] += 0 if row is None else len(row)
+        return row
 
     def placed(self, root: Any, choose: Callable[[str], str]) -> Any:
         """Return the tree with each array on its device; nothing large was read so far."""
@@ -330,6 +341,14 @@ class StoredFile(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: all that the file holds, without reading arrays."""
+        if self._file.is_closed:
+            return notebook.html_tree({}, f"{self.path}: closed")
+        size = notebook.size_text(self.nbytes)
+        value = self.value(make_array=lambda spec, path: spec)
+        return notebook.html_tree(value, f"{self.path}: {size}, {self.origin}")
 
     def read(self, array_path: str, *, region: Any = None, device: str = "cpu") -> Any:
         """Return one array, or the `region` of it (slices as in NumPy), on `device`.

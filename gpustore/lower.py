@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,9 @@ class Lowerer:
         self.backrefs: list[Any] = []
         self.places: dict[int, tuple[Any, Any, Any]] = {}  # id -> container, key, the object
         self.encoded: dict[JuliaType, Encoded] = {}
+        self.functions: dict[str, Encoded] = {}
+        self.heads: dict[Any, tuple[Encoded, Encoded]] = {}  # dtype and shape -> `type` and `size`
+        self.kinds: dict[np.dtype[Any], tuple[JuliaType, str | None]] = {}
         self.int64 = document.int64()
 
     def refuse(self, path: str, value: Any, advice: str) -> UnsupportedValueError:
@@ -77,6 +81,8 @@ class Lowerer:
         lower = _BY_TYPE.get(type(value))
         if lower is not None:
             container[key] = lower(self, value, path)
+        elif type(value) is FunctionType:
+            self.instance(container, key, value, path)
         elif not self.is_met(container, key, value):
             self.new(container, key, value, path)
 
@@ -100,13 +106,17 @@ class Lowerer:
 
     def new(self, container: Any, key: Any, value: Any, path: str) -> None:
         """Lower an object that has an identity and is met for the first time."""
-        if isinstance(value, dict):
+        if type(value) is np.ndarray:
+            self.array(container, key, value, path)
+        elif isinstance(value, dict):
             self.dictionary(container, key, value, path)
         elif isinstance(value, list):
             node = self.place(container, key, value, [None] * len(value))
             self.fill(node, value, [f"{path}[{i}]" for i in range(len(value))])
         elif devices.is_array(value):
             self.array(container, key, value, path)
+        elif flux.kind_of(value) is not None:
+            self.instance(container, key, value, path)
         elif isinstance(value, OpaqueDocument):
             self.opaque(container, key, value.document, value)
         elif isinstance(value, (Struct, OpaqueFunction)):
@@ -200,10 +210,16 @@ class Lowerer:
             self.encoded[julia_type] = encoded
         return encoded
 
+    def is_encoded(self, julia_type: JuliaType) -> bool:
+        try:
+            return julia_type in self.encoded
+        except TypeError:  # a parameter that is not hashable, so not plain
+            return False
+
     def julia_type(self, container: Any, key: Any, value: Any, path: str) -> None:
         if not isinstance(value, JuliaType):
             self.put(container, key, value, path)
-        elif is_plain(value):
+        elif self.is_encoded(value) or is_plain(value):
             container[key] = self.type(value)
         else:
             params: list[Any] = [None] * len(value.params)
@@ -261,11 +277,16 @@ class Lowerer:
 
     def instance(self, container: Any, key: Any, value: Any, path: str) -> None:
         """Lower a function, a layer, or an object of a dataclass or namedtuple class."""
-        function = flux.function_name(value)
-        if function is not None:
-            container[key] = self.struct(_named(function), [])
-            return
         kind = flux.kind_of(value)
+        name = flux.function_name(value) if kind is None else None
+        if name is not None:
+            if name not in self.functions:
+                type_node = type_document(_named(name), self.spelling)
+                self.functions[name] = document.encode(
+                    {"tag": "struct", "type": type_node, "data": []}
+                )
+            container[key] = self.functions[name]
+            return
         names = kind.fields if kind else flux.field_names(type(value))
         if names is None:
             raise self.refuse(path, value, _advice(value))
@@ -299,9 +320,11 @@ class Lowerer:
     # --- arrays ---
 
     def array(self, container: Any, key: Any, value: Any, path: str) -> None:
-        known = element_type_of(numpy_dtype(value))
+        dtype = numpy_dtype(value)
+        known = self.kinds.get(dtype) or element_type_of(dtype)
         if known is None:
-            raise self.refuse(path, value, _array_advice(numpy_dtype(value)))
+            raise self.refuse(path, value, _array_advice(dtype))
+        self.kinds[dtype] = known
         if hasattr(value, "mask") and isinstance(value, np.ndarray):
             raise self.refuse(path, value, "its mask would be lost; save .data and .mask")
         twin = origin_of(value)
@@ -309,9 +332,10 @@ class Lowerer:
             self.original(container, key, value, twin)
             return
         flags = getattr(value, "flags", None)
-        is_column_major = is_of_both_orders(value.shape) or getattr(flags, "f_contiguous", False)
+        is_column_major = getattr(flags, "f_contiguous", False) or is_of_both_orders(value.shape)
         if is_column_major or id(value) in self.column_major:
-            self.place(container, key, value, self.array_node(value, known, value.shape, "F"))
+            container[key] = self.array_node(value, known, value.shape, "F")
+            self.places[id(value)] = (container, key, value)
             return
         parent = self.array_node(value, known, value.shape[::-1], "C")
         order = tuple(range(len(value.shape), 0, -1))
@@ -333,8 +357,12 @@ class Lowerer:
     def array_node(
         self, value: Any, known: tuple[JuliaType, str | None], shape: Any, order: str
     ) -> dict[str, Any]:
-        node: dict[str, Any] = {"tag": "array", "type": self.type(known[0])}
-        node["size"] = [self.int64(size) for size in shape]
+        head = self.heads.get((value.dtype, shape))
+        if head is None:
+            size = document.encode([self.int64(n) for n in shape])
+            head = self.type(known[0]), size
+            self.heads[value.dtype, shape] = head
+        node: dict[str, Any] = {"tag": "array", "type": head[0], "size": head[1]}
         if self.tag_devices:
             device = devices.array_device(value)
             if device != "cpu":

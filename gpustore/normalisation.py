@@ -18,6 +18,7 @@ from gpustore.devices import array_device, to_device
 from gpustore.errors import MismatchError, UnsupportedValueError
 from gpustore.functions import normalise
 from gpustore.layers import activate, column, plain, printed, show
+from gpustore.notebook import Shown
 
 STATISTIC = {"trainable": False}
 _EPS, _MOMENTUM = np.float32(1e-5), np.float32(0.1)
@@ -109,7 +110,7 @@ def _channels(layer: Any) -> int:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class BatchNorm:
+class BatchNorm(Shown):
     """Normalises each channel over the batch; outside training by the statistics it tracked.
 
     λ is the activation, β and γ shift and scale, μ and σ2 are the mean and variance tracked.
@@ -154,7 +155,7 @@ class BatchNorm:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class InstanceNorm:
+class InstanceNorm(Shown):
     """Normalises each channel of each sample over its width and height.
 
     >>> InstanceNorm(3)
@@ -196,7 +197,7 @@ class InstanceNorm:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class GroupNorm:
+class GroupNorm(Shown):
     """Normalises each sample over groups of G channels each, width and height.
 
     >>> GroupNorm(6, 2)
@@ -242,7 +243,7 @@ class GroupNorm:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class LayerNorm:
+class LayerNorm(Shown):
     """Normalises over the first axes, of the given size; `diag` then scales and shifts.
 
     >>> LayerNorm(4)
@@ -285,7 +286,7 @@ class LayerNorm:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class Dropout:
+class Dropout(Shown):
     """Sets a share `p` of the elements to zero in training; else returns its input.
 
     `dims` are the axes along which elements are dropped one by one (all of them by default).
@@ -320,7 +321,7 @@ class Dropout:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class AlphaDropout:
+class AlphaDropout(Shown):
     """Dropout that keeps mean and variance, for selu networks; inactive outside training.
 
     >>> AlphaDropout(0.5)

@@ -15,6 +15,7 @@ import numpy as np
 from gpustore.convolution import SamePad, both_sides, expand
 from gpustore.errors import MismatchError, UnsupportedValueError
 from gpustore.layers import plain, printed
+from gpustore.notebook import Shown
 
 _ALL = (slice(None),)
 
@@ -77,7 +78,7 @@ def _mean(layer: Any, x: Any, k: Any, pad: Any, stride: Any) -> Any:
     return total * x.dtype.type(1 / math.prod(k))
 
 
-class _Pool:
+class _Pool(Shown):
     k: Any
     pad: Any
     stride: Any
@@ -138,7 +139,7 @@ class MeanPool(_Pool):
         return _mean(self, _check(self, x, len(self.k) + 2), self.k, self.pad, self.stride)
 
 
-class _AdaptivePool:
+class _AdaptivePool(Shown):
     out: Any
 
     def __init__(self, out: Any) -> None:
@@ -193,7 +194,7 @@ class AdaptiveMeanPool(_AdaptivePool):
 
 
 @dataclass(eq=False)
-class GlobalMaxPool:
+class GlobalMaxPool(Shown):
     """The largest element of each channel: (1..., channels, batch)."""
 
     def __call__(self, x: Any) -> Any:
@@ -202,7 +203,7 @@ class GlobalMaxPool:
 
 
 @dataclass(eq=False)
-class GlobalMeanPool:
+class GlobalMeanPool(Shown):
     """The mean of each channel: (1..., channels, batch)."""
 
     def __call__(self, x: Any) -> Any:
@@ -211,7 +212,7 @@ class GlobalMeanPool:
 
 
 @dataclass(init=False, repr=False, eq=False)
-class Upsample:
+class Upsample(Shown):
     """Enlarges width and height by `scale`, or to `size`; "nearest", "bilinear", "trilinear".
 
     Linear modes keep the corners where they are (align_corners), as NNlib's default.
@@ -274,7 +275,7 @@ def _linear(layer: Any, x: Any, axis: int, size: int) -> Any:
 
 
 @dataclass(eq=False)
-class PixelShuffle:
+class PixelShuffle(Shown):
     """Turns channels into width and height: (w..., c r^n, batch) into (w r..., c, batch)."""
 
     r: Any

@@ -16,6 +16,7 @@ import numpy as np
 from gpustore.activations import sigmoid_fast, tanh
 from gpustore.errors import MismatchError, UnsupportedValueError
 from gpustore.layers import activate, glorot_uniform, made_bias, matched, plain, printed, show
+from gpustore.notebook import Shown
 
 State = Any  # an array, or for LSTM a tuple of two
 
@@ -36,7 +37,7 @@ def _columns(v: Any) -> Any:
 ERA = {"era": True}  # a field that only files of some versions have
 
 
-class _Cell:
+class _Cell(Shown):
     """What the cells share: their construction, their start, and the shapes of a step."""
 
     Wi: Any
@@ -215,7 +216,7 @@ class GRUv3Cell(_Cell):
 
 
 @dataclass(init=False, repr=False, eq=False)
-class Recur:
+class Recur(Shown):
     """A cell with its state, which each call moves on (Flux up to 0.14); `reset()` starts again.
 
     >>> Recur(RNNCell(3, 5))
@@ -249,7 +250,7 @@ class Recur:
         return f"Recur({self.cell!r})"
 
 
-class _Sequence:
+class _Sequence(Shown):
     """A layer of today's Flux: it maps a whole sequence by its cell, and keeps no state."""
 
     cell: Any

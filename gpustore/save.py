@@ -9,8 +9,6 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from gpustore import devices, document, storage, transfer, tree
 from gpustore.digest import hasher
 from gpustore.document import PAYLOAD_DIGEST, STRUCTURE_DIGEST, Payload, Plan, Slot
@@ -151,9 +149,7 @@ def _surveyed(root: Any) -> tuple[set[int], frozenset[str]]:
     """
     ids: set[int] = set()
     spelling = root.spelling if isinstance(root, Entries) else None
-    for _, node in tree.walk(root):
-        if type(node) is np.ndarray:
-            continue
+    for node in tree.containers(root):
         kind = kind_of(node)
         if kind is not None and kind.is_layer:
             ids.update(id(getattr(node, name, None)) for name in kind.fields)
@@ -217,8 +213,9 @@ def _hashing_thread() -> Iterator[ThreadPoolExecutor]:
 def _stream(payload: Payload, out: _Output, beside: ThreadPoolExecutor | None, into: Any) -> None:
     """Write the chunks of a payload and hash them, large ones on the thread beside."""
     for chunk in payload.chunks():
-        if beside is None or chunk.nbytes < BESIDE_NBYTES:
-            into.update(chunk)
+        if into is None or beside is None or chunk.nbytes < BESIDE_NBYTES:
+            if into is not None:
+                into.update(chunk)
             out.write(chunk)
             continue
         hashing = beside.submit(into.update, chunk)
@@ -236,10 +233,15 @@ def _write_inline(
     for index, payload in enumerate(plan.payloads):
         whole.update(plan.structures[index])
         out.write(plan.structures[index])
-        into = whole if payload.is_bare else _payload_hasher(payload, beside)
-        _stream(payload, out, beside, into)
-        if not payload.is_bare:
-            plan.structures[index + 1][PAYLOAD_DIGEST] = into.digest()
+        if payload.hashed is not None:  # a row: the digests are in it
+            whole.update(payload.hashed)
+            _stream(payload, out, None, None)
+        elif payload.is_bare:
+            _stream(payload, out, beside, whole)
+        else:
+            own = _payload_hasher(payload, beside)
+            _stream(payload, out, beside, own)
+            plan.structures[index + 1][PAYLOAD_DIGEST] = own.digest()
     last = plan.structures[-1]
     whole.update(last[: STRUCTURE_DIGEST.start])
     whole.update(last[STRUCTURE_DIGEST.stop :])
@@ -263,9 +265,13 @@ def _write_detached(
     for payload, place in zip(plan.payloads, plan.places, strict=True):
         gaps.append(bytes(place.offset - position))
         out.write(gaps[-1])
-        into = _payload_hasher(payload, beside)
-        _stream(payload, out, beside, into)
-        structure[place.digest] = into.digest()
+        if place.digest is None:  # a row: the digests are in the document
+            _stream(payload, out, None, None)
+            gaps.append(payload.hashed)
+        else:
+            own = _payload_hasher(payload, beside)
+            _stream(payload, out, beside, own)
+            structure[place.digest] = own.digest()
         position = place.offset + payload.nbytes
     out.flush()
     whole = hasher()

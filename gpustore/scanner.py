@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
+from gpustore import rows
 from gpustore.encoder import int64
 from gpustore.errors import FormatError, TruncatedFileError
-from gpustore.layout import DOUBLE, INT32, INT64, MAX_DEPTH, MAX_NAME_NBYTES, Slot
+from gpustore.layout import DOUBLE, INT32, INT64, MAX_DEPTH, MAX_NAME_NBYTES, ROW_NBYTES, Slot
 
 _FOREIGN_KINDS = {
     0x06: "undefined", 0x07: "ObjectId", 0x09: "UTC datetime", 0x0B: "regular expression",
@@ -15,22 +17,30 @@ _FOREIGN_KINDS = {
 }  # fmt: skip
 
 
-_RUN_NBYTES = 1024 * 1024  # of small documents in a row that are decoded at once
+_FIXED_NBYTES = {0x01: 8, 0x08: 1, 0x0A: 0, 0x10: 4, 0x12: 8}
+
+
+def _twice(keys: list[str]) -> str:
+    return collections.Counter(keys).most_common(1)[0][0]
 
 
 class Scanner:
-    def __init__(self, buffer: Any, name: str, slot_nbytes: int) -> None:
+    def __init__(self, buffer: Any, name: str, slot_nbytes: int, origin: int = 0) -> None:
         self.buffer, self.name, self.slot_nbytes = buffer, name, slot_nbytes
+        self.origin = origin  # where in the file the buffer begins
         int64()
+
+    def where(self, position: int) -> str:
+        return f"{self.name}: byte {self.origin + position}"
 
     def truncated(self, start: int, nbytes: int, found: int) -> TruncatedFileError:
         return TruncatedFileError(
-            f"{self.name}: byte {start}: expected {nbytes} bytes, found {found}; the file is cut "
+            f"{self.where(start)}: expected {nbytes} bytes, found {found}; the file is cut "
             "off or damaged: copy or download it again"
         )
 
     def malformed(self, position: int, what: str) -> FormatError:
-        return FormatError(f"{self.name}: byte {position}: {what}; the file is damaged or not BSON")
+        return FormatError(f"{self.where(position)}: {what}; the file is damaged or not BSON")
 
     def need(self, position: int, nbytes: int, limit: int) -> None:
         if limit - position >= nbytes:
@@ -59,6 +69,8 @@ class Scanner:
             if nbytes < self.slot_nbytes:
                 return self.decode_whole(start, limit, is_array), limit
         keys, values, end = self.elements(start + 4, limit, depth, is_array)
+        if not is_array and len(set(keys)) != len(keys):
+            raise self.malformed(start, f"the key {_twice(keys)!r} occurs twice in a document")
         if nbytes != -1 and end != limit:
             raise self.malformed(
                 end, f"a document of {nbytes} bytes ends {limit - end} bytes early"
@@ -76,8 +88,13 @@ class Scanner:
             self.need(position, 1, limit)
             kind = self.buffer[position]
             name_end = position if kind == 0 else self.name_end(position, limit)
+            pitch = rows.pitch_at(self.buffer, position, name_end, limit) if kind == 3 else None
+            if pitch is not None:
+                self.decode_run(run, position, is_array, keys, values)
+                position = run = self.row(position, name_end, limit, depth, pitch, keys, values)
+                continue
             end = self.end_of_small(kind, name_end + 1, limit)
-            if end is not None and end - run < _RUN_NBYTES:
+            if end is not None and end - run < ROW_NBYTES:
                 position = end
                 continue
             if run != position:
@@ -90,6 +107,22 @@ class Scanner:
             value, position = self.value(kind, name_end + 1, limit, depth)
             values.append(value)
             run = position
+
+    def row(
+        self, position: int, name_end: int, limit: int, depth: int, pitch: int, keys: list[str],
+        values: list[Any],
+    ) -> int:  # fmt: skip
+        """Read a row of array documents alike, or its first one; return the offset after it."""
+        first, end = self.document(name_end + 1, limit, depth + 1)
+        assert isinstance(first, dict)
+        row = rows.read(self.buffer, position, name_end, limit, pitch, first)
+        if row is None:
+            keys.append(self.text(position + 1, name_end))
+            values.append(first)
+            return end
+        keys.extend(row.names)
+        values.extend(row.nodes)
+        return row.end
 
     def name_end(self, position: int, limit: int) -> int:
         """Return where the name of the element at `position` has its terminator."""
@@ -105,16 +138,18 @@ class Scanner:
         if kind not in (3, 4) or limit - start < 5:
             return None
         nbytes: int = INT32.unpack_from(self.buffer, start)[0]
-        is_small = 5 <= nbytes < min(self.slot_nbytes, _RUN_NBYTES) and start + nbytes <= limit
+        is_small = 5 <= nbytes < min(self.slot_nbytes, ROW_NBYTES) and start + nbytes <= limit
         return start + nbytes if is_small else None
 
     def decode_run(
         self, start: int, end: int, is_array: bool, keys: list[str], values: list[Any]
     ) -> None:
-        """Decode elements that lie in a row as one document, or as one array."""
+        """Decode elements that lie in a row, if any, as one document, or as one array."""
+        if start == end:
+            return
         run = bytes(self.buffer[start:end])
         framed = INT32.pack(len(run) + 5) + run + b"\0"
-        found = self.decode_whole(0, len(framed), is_array, framed, start)
+        found = self.decode_whole(0, len(framed), is_array, framed, start - 4)
         keys.extend(found if isinstance(found, dict) else [""] * len(found))
         values.extend(found.values() if isinstance(found, dict) else found)
 
@@ -151,7 +186,7 @@ class Scanner:
         return bytes(self.buffer[start : start + nbytes]), start + nbytes
 
     def scalar(self, kind: int, position: int, limit: int) -> tuple[Any, int]:
-        nbytes = {0x01: 8, 0x08: 1, 0x0A: 0, 0x10: 4, 0x12: 8}.get(kind)
+        nbytes = _FIXED_NBYTES.get(kind)
         if nbytes is None:
             raise self.foreign(kind, position)
         self.need(position, nbytes, limit)
@@ -170,29 +205,29 @@ class Scanner:
         if kind not in _FOREIGN_KINDS:
             return self.malformed(position, f"0x{kind:02x} is no BSON element type")
         return FormatError(
-            f"{self.name}: byte {position}: found an element of type {_FOREIGN_KINDS[kind]}, which "
+            f"{self.where(position)}: found an element of type {_FOREIGN_KINDS[kind]}, which "
             "BSON.jl never writes; this is a MongoDB document: read it with PyMongo or bsondump"
         )
 
     def decode_whole(
-        self, start: int, end: int, is_array: bool, buffer: Any = None, position: int | None = None
+        self, start: int, end: int, is_array: bool, buffer: Any = None, origin: int = 0
     ) -> dict[str, Any] | list[Any]:
         """Decode a small document with PyMongo's codec, which checks every length in it.
 
-        It lies in `buffer` (the file by default), and in the file at `position`.
+        It lies in `buffer`, which begins in the file at `origin`; by default the file itself.
         """
         import bson
 
-        document = memoryview(self.buffer if buffer is None else buffer)[start:end]
-        try:
-            if not is_array:
-                decoded: dict[str, Any] = bson.decode(document)
-                return decoded
-            framed = INT32.pack(end - start + 7) + b"\x04\0" + document + b"\0"
-            elements: list[Any] = bson.decode(framed)[""]
-            return elements
-        except (bson.errors.BSONError, ValueError, OverflowError, RecursionError) as error:
-            where = start if position is None else position
-            raise self.malformed(where, f"PyMongo's codec says: {error}") from error
-        finally:
-            document.release()
+        source = self.buffer if buffer is None else buffer
+        with memoryview(source)[start:end] as document:
+            framed: Any = document
+            if is_array:
+                framed = INT32.pack(end - start + 7) + b"\x04\0" + document + b"\0"
+            try:
+                decoded: dict[str, Any] = bson.decode(framed)
+                is_same = len(bson.encode(decoded)) == len(framed)
+            except (bson.errors.BSONError, ValueError, OverflowError, RecursionError) as error:
+                raise self.malformed(origin + start, f"PyMongo's codec says: {error}") from error
+        if not is_same:  # of a key that is given twice the codec takes the last
+            Scanner(source, self.name, 0, origin).document(start, end, 0, is_array)
+        return decoded[""] if is_array else decoded

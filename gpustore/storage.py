@@ -64,6 +64,10 @@ class MappedFile:
             raise ValueError(f"{self.path}: the file is closed; open it again")
         return self._buffer
 
+    @property
+    def is_closed(self) -> bool:
+        return self._buffer is None
+
     def close(self) -> None:
         """Let go of the mapping; it ends when the last view of it does."""
         self._buffer = None
@@ -199,13 +203,18 @@ def replacing(
     """
     target, mode = _resolved(path)
     temporary = _temporary_beside(target)
+    with contextlib.suppress(OSError):  # a folder that cannot be listed
+        _remove_stale(target)
     try:
-        with _created(temporary, target, mode) as descriptor:
-            file = NewFile(descriptor, nbytes, target)
-            file.reserve()
-            yield file
-            file.finish(durable=durable)
-        os.replace(temporary, target)
+        with contextlib.ExitStack() as held:
+            with _created(temporary, target, mode) as descriptor:
+                if os.name == "posix":  # keeps the lock until the file has its name
+                    held.callback(os.close, os.dup(descriptor))
+                file = NewFile(descriptor, nbytes, target)
+                file.reserve()
+                yield file
+                file.finish(durable=durable)
+            os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):  # the error that led here matters more
             os.unlink(temporary)
@@ -238,9 +247,39 @@ def _resolved(path: str | bytes | os.PathLike[str]) -> tuple[str, int | None]:
 
 def _temporary_beside(target: str) -> str:
     """Return a hidden name in the same folder, of 131 bytes at most (file systems take 255)."""
-    folder, name = os.path.split(target)
-    short = os.fsencode(name)[:100].decode("utf-8", "ignore")
-    return os.path.join(folder, f".{short}.{os.urandom(8).hex()}.gpustore-tmp")
+    prefix = _temporary_prefix(target)
+    return os.path.join(os.path.dirname(target), f"{prefix}{os.urandom(8).hex()}.gpustore-tmp")
+
+
+def _temporary_prefix(target: str) -> str:
+    return f".{os.fsencode(os.path.basename(target))[:100].decode('utf-8', 'ignore')}."
+
+
+def _remove_stale(target: str) -> None:
+    """Remove temporaries for this target whose process is gone: nobody holds their lock."""
+    folder = os.path.dirname(target)
+    name = re.compile(re.escape(_temporary_prefix(target)) + r"[0-9a-f]{16}\.gpustore-tmp")
+    for found in filter(name.fullmatch, os.listdir(folder)):
+        path = os.path.join(folder, found)
+        with contextlib.suppress(OSError):  # not ours to open, or gone meanwhile
+            descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                # without the second question, a name taken again after another removed it
+                if _lock(descriptor, wait=False) and os.fstat(descriptor).st_nlink:
+                    os.unlink(path)
+            finally:
+                os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    """Lock a temporary until it is closed or its process ends; False where that cannot be."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):  # Windows; in use; a file system without locks
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -251,6 +290,9 @@ def _created(temporary: str, target: str, mode: int | None) -> Iterator[int]:
         flags |= getattr(os, name, 0)
     try:
         descriptor = os.open(temporary, flags, 0o666 if mode is None else 0o600)
+        while _lock(descriptor, wait=True) and os.fstat(descriptor).st_nlink == 0:
+            os.close(descriptor)  # another save took it for a stale one, before it was locked
+            descriptor = os.open(temporary, flags, 0o666 if mode is None else 0o600)
     except FileNotFoundError as error:
         sentence = "there is no such folder; create it first"
         raise FileNotFoundError(errno.ENOENT, sentence, os.path.dirname(target)) from error

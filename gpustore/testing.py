@@ -1,6 +1,7 @@
 """For users' own tests: Hypothesis strategies, `assert_roundtrip`, and a strict fake CUDA device.
 
-The strategies need Hypothesis (`pip install 'gpustore[test]'`); the rest needs nothing.
+The strategies need Hypothesis (`pip install 'gpustore[test]'`); the rest needs nothing. The
+fixture for pytest is in `gpustore.fixtures`.
 """
 
 from __future__ import annotations
@@ -8,15 +9,18 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+import sys
 import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpustore import activations, devices, layers, tree
-from gpustore.errors import MissingExtraError
+from gpustore import activations, devices, document, layers, tree
+from gpustore.errors import MissingExtraError, UnsupportedValueError
 from gpustore.fake_cuda import FakeCudaArray, fake_cuda
 from gpustore.julia import NamedTuple, Symbol, extension_dtype
+from gpustore.lift import TAGS
 from gpustore.load import load
 from gpustore.save import save
 from gpustore.values import Char, Int128, UInt128, missing
@@ -44,20 +48,23 @@ def _strategies() -> Any:
     return strategies
 
 
-def arrays(*, max_side: int = 5, max_dims: int = 4) -> SearchStrategy[Any]:
+def arrays(
+    *, dtypes: Sequence[Any] | None = None, max_side: int = 5, max_dims: int = 4
+) -> SearchStrategy[Any]:
     """Return a strategy for host arrays of every dtype, rank, memory order and byte order.
 
-    Among them are empty, 0-dimensional, strided, negative-strided and read-only ones.
+    Among them are empty, 0-dimensional, strided, negative-strided and read-only ones. `dtypes`
+    are those to draw from, numeric ones, where not all are wanted.
     """
     st = _strategies()
 
     @st.composite  # type: ignore[untyped-decorator]
     def build(draw: Any) -> Any:
         shape = draw(st.lists(st.integers(0, max_side), max_size=max_dims))
-        dtype = draw(st.sampled_from([np.dtype(code) for code in _NATIVE]))
+        dtype = draw(st.sampled_from([np.dtype(code) for code in dtypes or _NATIVE]))
         if draw(st.booleans()):
             dtype = dtype.newbyteorder(">")
-        elif draw(st.integers(0, 3)) == 0:
+        elif dtypes is None and draw(st.integers(0, 3)) == 0:
             dtype = extension_dtype(draw(st.sampled_from(_EXTENSIONS))) or dtype
         nbytes = int(np.prod(shape, dtype=int)) * dtype.itemsize
         raw = draw(st.binary(min_size=nbytes, max_size=nbytes))
@@ -188,24 +195,90 @@ def documents(*, max_leaves: int = 20) -> SearchStrategy[Any]:
     return whole
 
 
-def assert_roundtrip(
-    value: Any, *, on_gpu: str = "transfer", device: Any = None, layout: str = "auto"
-) -> Any:
+def assert_roundtrip(value: Any, *, through: Iterable[str] = ("cpu",), layout: str = "auto") -> Any:
     """Save `value` to a file and load it again, assert that nothing was lost; return the loaded.
 
     Types, dtypes, shapes, every bit of every array and what is shared must be the same; byte
-    order and strides need not. The digests of the file are checked on the way.
+    order and strides need not. The ways to go `through`, each with a file of its own:
 
-    >>> assert_roundtrip([np.float32(1.5), {"w": np.eye(2)}])[0]
+    - "cpu": saved from where it is, loaded on the CPU, the digests checked.
+    - "cuda-tagged": moved to a fake GPU, saved with `on_gpu="tag"`, loaded with `device="cpu"`.
+      Arrays of dtypes that CuPy lacks stay on the CPU.
+    - "julia": saved, all that only gpustore understands taken out of the file, loaded: what is
+      the same then is what Julia sees too. Values that Julia has no type for (bytes, bfloat16,
+      a frozenset) fail here.
+
+    `value` may lie on any device, and is compared as `cpu(value)`; what the first way gave is
+    returned.
+
+    >>> assert_roundtrip([np.float32(1.5), {"w": np.eye(2)}], through=["cpu", "julia"])[0]
     np.float32(1.5)
     """
+    ways = list(through)
+    unknown = [way for way in ways if way not in _WAYS]
+    if unknown or not ways:
+        found = repr(unknown[0]) if unknown else "none"
+        raise UnsupportedValueError(f"through: expected some of {', '.join(_WAYS)}, found {found}")
+    expected, loaded = tree.cpu(value), []
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "roundtrip.bson")
-        save(path, {"value": value}, on_gpu=on_gpu, durable=False, layout=layout)
-        loaded = load(path, "value", device=device, verify=True)
-    expected = value if on_gpu == "tag" and device is None else tree.cpu(value)
-    assert_same(loaded, expected)
-    return loaded
+        for way in ways:
+            loaded.append(_WAYS[way](value, path, layout))
+            try:
+                assert_same(loaded[-1], expected)
+            except AssertionError as error:
+                raise AssertionError(f"through {way}: {error}") from None
+    return loaded[0]
+
+
+def _through_cpu(value: Any, path: str, layout: str) -> Any:
+    save(path, {"value": value}, durable=False, layout=layout)
+    return load(path, "value", device="cpu", verify=True)
+
+
+def _through_tagged(value: Any, path: str, layout: str) -> Any:
+    host = tree.cpu(value)
+    with fake_cuda(1):
+        save(path, {"value": _on_fake(host)}, on_gpu="tag", durable=False, layout=layout)
+    return load(path, "value", device="cpu", verify=True)
+
+
+def _on_fake(host: Any) -> Any:
+    def move(leaf: Any) -> Any:
+        if not devices.is_array(leaf) or not tree.is_numeric(leaf):
+            return leaf
+        try:
+            return devices.to_device(leaf, "cuda:0")
+        except UnsupportedValueError:
+            return leaf
+
+    return tree.rebuild(host, move)
+
+
+def _through_julia(value: Any, path: str, layout: str) -> Any:
+    save(path, {"value": value}, durable=False, layout="inline")
+    with open(path, "rb") as file:
+        content = document.scan(file.read(), slot_nbytes=sys.maxsize)
+    with open(path, "wb") as file:
+        file.write(document.encode(_as_julia_reads(content)).bson)
+    return load(path, "value")
+
+
+def _as_julia_reads(node: Any) -> Any:
+    """Return a document without the keys that BSON.jl passes over (docs/format.md)."""
+    if isinstance(node, list):
+        return [_as_julia_reads(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    is_tagged = isinstance(node.get("tag"), str) and node["tag"] in TAGS
+    unread = _OWN_KEYS if is_tagged else {"_gpustore"}
+    return {key: _as_julia_reads(child) for key, child in node.items() if key not in unread}
+
+
+_OWN_KEYS = {"python", "fields", "dtype", "device", "_", "blake3"}
+_WAYS: dict[str, Callable[[Any, str, str], Any]] = {
+    "cpu": _through_cpu, "cuda-tagged": _through_tagged, "julia": _through_julia,
+}  # fmt: skip
 
 
 def assert_same(found: Any, expected: Any) -> None:

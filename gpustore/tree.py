@@ -141,6 +141,26 @@ def walk(
         stack.extend((path + suffix, child) for suffix, child in reversed(below))
 
 
+def containers(root: Any) -> Iterator[Any]:
+    """Yield `root` and what is below it, in order, without paths: a shared container once.
+
+    Leaves of NumPy's arrays and of plain Python are left out.
+    """
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if type(node) in _LEAVES or id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        below = node.values() if isinstance(node, dict) else [part for _, part in children(node)]
+        stack.extend(reversed(below))
+
+
+_LEAVES = frozenset((np.ndarray, str, bytes, int, float, bool, type(None)))
+
+
 def walk_entries(root: Any) -> Iterator[tuple[str, Any]]:
     """Walk what a file holds: paths begin with the entry's name, or `value` where it has none."""
     is_plain = type(root) is dict or hasattr(root, "spelling")  # the Entries of a file

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import flux
+from gpustore import flux, specs
 from gpustore.julia import ArraySpec, JuliaType, NamedTuple, Struct, dtype_of
 from gpustore.values import (
     RANGES,
@@ -95,7 +95,7 @@ def _lift_members(lifter: Any, node: Any, element_type: Any, path: str) -> list[
         return members if dtype is None else None
     if dtype is None or not isinstance(node, dict) or node.get("tag") != "array":
         return None
-    spec = lifter.array_spec(node, path)
+    spec = specs.array_spec(lifter, node, path)
     if not isinstance(spec, ArraySpec) or spec.dtype != dtype or len(spec.shape) != 1:
         return None
     array = np.frombuffer(lifter.bytes_of(spec.payload), dtype)
@@ -352,7 +352,7 @@ def lift_bit_array(lifter: Any, node: Any, julia_type: Any, content: Any, path: 
     chunks = lifter.resolve(content[0], path) if len(content) == 3 else None
     if not isinstance(chunks, dict) or chunks.get("tag") != "array" or len(julia_type.params) != 1:
         return NotImplemented
-    spec = lifter.array_spec(chunks, path)
+    spec = specs.array_spec(lifter, chunks, path)
     length, dims = (lifter.value(part, path) for part in content[1:])
     if not isinstance(spec, ArraySpec) or spec.dtype != np.uint64 or type(dims) is not tuple:
         return NotImplemented

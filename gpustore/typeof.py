@@ -6,11 +6,11 @@ Flux's structs need their full type parameters in the file, so types are worked 
 from __future__ import annotations
 
 import datetime
-from types import NoneType
+import functools
+from types import FunctionType
 from typing import Any
 
 import numpy as np
-from numpy.random import Generator
 
 from gpustore import devices, flux, twins
 from gpustore.document import int64
@@ -73,6 +73,9 @@ def type_of(value: Any) -> Any:
     known = _TYPES.get(type(value))
     if known is not None:
         return known
+    if isinstance(value, FunctionType):
+        function = flux.function_name(value)
+        return _instance_type(value) if function is None else _function_type(function)
     if devices.is_array(value):
         return array_type(value)
     if isinstance(value, (int, np.generic, range)) and not isinstance(value, (str, bytes)):
@@ -94,7 +97,7 @@ def type_of(value: Any) -> Any:
     if isinstance(value, TrackedArray):
         return _tracked_type(value)
     function = flux.function_name(value)
-    return _instance_type(value) if function is None else _named(function)
+    return _instance_type(value) if function is None else _function_type(function)
 
 
 def _number_type(value: Any) -> JuliaType:
@@ -175,8 +178,18 @@ def array_type(array: Any) -> Any:
     twin = origin_of(array)
     if isinstance(twin, Struct):
         return twin.type
-    known = element_type_of(numpy_dtype(array))
-    return _named("Core.Array", known[0] if known else _ANY, len(array.shape))
+    return _array_type(numpy_dtype(array), len(array.shape))
+
+
+@functools.lru_cache(256)
+def _array_type(dtype: np.dtype[Any], rank: int) -> JuliaType:
+    known = element_type_of(dtype)
+    return _named("Core.Array", known[0] if known else _ANY, rank)
+
+
+@functools.lru_cache(256)
+def _function_type(name: str) -> JuliaType:
+    return _named(name)
 
 
 def numpy_dtype(array: Any) -> np.dtype[Any]:
@@ -191,11 +204,16 @@ def numpy_dtype(array: Any) -> np.dtype[Any]:
         return extension_dtype(name) or np.dtype(object)
 
 
+def _is_unset(part: Any) -> bool:
+    """Whether a field holds nothing that a file can: None, or a generator of random numbers."""
+    return part is None or hasattr(part, "bit_generator")  # numpy.random takes 8 ms to import
+
+
 def field_of(value: Any, name: str) -> Any:
     """Return a field as it is written: named layers are a NamedTuple."""
     kind = flux.kind_of(value)
     for field, work_out in kind.written if kind else ():
-        if field == name and isinstance(value.__dict__.get(name), (NoneType, Generator)):
+        if field == name and _is_unset(value.__dict__.get(name)):
             return work_out(value)
     part = getattr(value, name)
     return NamedTuple(part) if name == "layers" and type(part) is dict else part

@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 
 from gpustore.julia import LEAF, JuliaType, NamedTuple, Struct, dtype_of
+from gpustore.notebook import Shown
 
 _INT64 = JuliaType.named("Core.Int64")
 
 
-class Entries(dict[str, Any]):
+class Entries(Shown, dict[str, Any]):
     """The entries of a file of Julia's; `spelling` are the modules it names as parts of Main."""
 
     spelling: frozenset[str] = frozenset()
 
 
-class JuliaDict(dict[Any, Any]):
+class JuliaDict(Shown, dict[Any, Any]):
     """A dictionary of Julia whose type is not the one a plain dict is written as."""
 
     julia_type: JuliaType
@@ -38,7 +39,7 @@ class JuliaSet(set[Any]):
     order: tuple[Any, ...] = ()
 
 
-class DataFrame(dict[str, Any]):
+class DataFrame(Shown, dict[str, Any]):
     """A DataFrame: its columns by name; `struct` is all that the file holds of it."""
 
     struct: Struct

@@ -357,7 +357,7 @@ def test_an_error_while_streaming_leaves_the_old_file_and_no_temporary(file, mon
 
     monkeypatch.setattr("gpustore.devices.to_host", broken)
     with pytest.raises(MemoryError):
-        gs.save(file, a=np.ones(3))
+        gs.save(file, a=np.ones(300))
     assert file.read_bytes() == before and os.listdir(file.parent) == [file.name]
 
 
@@ -419,3 +419,14 @@ def test_unknown_structs_are_written_back_as_they_came(file):
     loaded = gs.load(file)
     assert loaded["a"] is loaded["b"] and loaded["a"].type == kept.type
     assert loaded["a"].data == [1, [2.0]] and loaded["a"].fields is None
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8", "i1", "c16"])
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (65, 3), (300, 257), (2000, 1100)])
+def test_row_major_weights_of_a_layer_are_written_column_major(file, dtype, shape):
+    weight = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    gs.save(file, layer=gs.Dense(weight, False), durable=False)
+    with gs.open_file(file) as stored:
+        (entry,) = stored.arrays
+        octets = file.read_bytes()[entry.offset : entry.offset + entry.nbytes]
+    assert entry.order == "F" and octets == weight.T.tobytes()

@@ -1,0 +1,132 @@
+"""Array documents -> checked specs; rows of them -> arrays made at once."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from gpustore import rows
+from gpustore.digest import DIGEST_NBYTES
+from gpustore.document import Slot
+from gpustore.errors import FormatError
+from gpustore.julia import ArraySpec, JuliaType, OpaqueDocument, Struct, dtype_of, extension_dtype
+from gpustore.values import JuliaArray
+
+MAX_RANK = 32
+_DEVICE_TAG = re.compile(r"cpu|cuda:(0|[1-9][0-9]{0,2})")
+
+
+def lift_rows(lifter: Any, nodes: Collection[Any]) -> None:
+    """Lift arrays that were read as a row into the memo, without making a spec for each."""
+    if lifter.make_row is None or len(nodes) < rows.FEWEST:
+        return
+    nodes = list(nodes)
+    for start, stop in rows.shared(nodes):
+        row = nodes[start:stop]
+        with contextlib.suppress(FormatError):  # it is raised again where its path is known
+            array_spec(lifter, row[0], "")
+        spec = quick_spec(lifter, row[0])
+        arrays = lifter.make_row(spec, [node["data"] for node in row]) if spec else None
+        if arrays is not None:
+            lifter.memo.update(zip(map(id, row), arrays, strict=True))
+
+
+def array_spec(lifter: Any, node: dict[str, Any], path: str) -> ArraySpec | JuliaArray:
+    """Check an array document against its own payload."""
+    quick = quick_spec(lifter, node)
+    if quick is not None:
+        return quick
+    shape = shape_of(lifter, node, path)
+    element_type = lifter.type_in(node, path)
+    if not isinstance(element_type, (JuliaType, OpaqueDocument, Struct)):
+        raise lifter.malformed(path, f"the element type of an array is {element_type!r}")
+    payload = lifter.field(node, "data", (bytes, Slot, list), path)
+    dtype = dtype_at(lifter, node, element_type, path)
+    kind = element_type if isinstance(element_type, JuliaType) else None
+    if dtype is not None and "dtype" not in node and kind is not None and not kind.params:
+        lifter.dtypes["\0".join(kind.path)] = dtype
+    if dtype is None or isinstance(payload, list):
+        if isinstance(payload, list):
+            array = lifter.memo[id(node)] = JuliaArray(element_type, shape, [])
+            array.data = lifter.elements(payload, path)
+            return array
+        return JuliaArray(element_type, shape, lifter.bytes_of(payload))
+    expected, found = math.prod(shape) * dtype.itemsize, nbytes_of(payload)
+    if expected != found:
+        raise lifter.malformed(
+            path, f"expected {expected} bytes for {dtype} {shape}, found {found}"
+        )
+    device, digest = node.get("device", "cpu"), node.get("blake3")
+    if not isinstance(device, str) or not _DEVICE_TAG.fullmatch(device):
+        raise lifter.malformed(path, f"expected a device tag `cuda:<n>`, found {device!r}")
+    if digest is not None:
+        if not isinstance(digest, (bytes, Slot)) or nbytes_of(digest) != DIGEST_NBYTES:
+            raise lifter.malformed(path, f"the digest is not of {DIGEST_NBYTES} bytes")
+        digest = lifter.bytes_of(digest)
+    return ArraySpec(dtype, shape, "F", device, payload, digest)
+
+
+def quick_spec(lifter: Any, node: dict[str, Any]) -> ArraySpec | None:
+    """Return the spec of an array document of the usual form; None where it needs a look."""
+    kind: Any = node.get("type")
+    sizes: Any = node.get("size")
+    payload: Any = node.get("data")
+    digest = node.get("blake3")
+    is_usual = type(kind) is dict and kind.get("params") == [] and type(sizes) is list
+    if (
+        not is_usual
+        or kind.get("tag") != "datatype"
+        or "dtype" in node
+        or "device" in node
+        or len(sizes) > MAX_RANK
+    ):
+        return None
+    names = kind.get("name")
+    try:
+        dtype, count = lifter.dtypes.get("\0".join(names)), 1
+    except TypeError:
+        return None
+    for size in sizes:
+        if type(size) is not lifter.int64 or size <= 0:
+            return None
+        count *= size
+    is_payload = type(payload) is bytes or type(payload) is Slot
+    if dtype is None or not is_payload or count * dtype.itemsize != nbytes_of(payload):
+        return None
+    if digest is not None and (type(digest) is not bytes or len(digest) != DIGEST_NBYTES):
+        return None
+    return ArraySpec(dtype, tuple(map(int, sizes)), "F", "cpu", payload, digest)
+
+
+def shape_of(lifter: Any, node: dict[str, Any], path: str) -> tuple[int, ...]:
+    sizes = lifter.field(node, "size", list, path)
+    for size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**62:
+            raise lifter.malformed(path, f"the size of an array is {sizes!r}")
+    if len(sizes) > MAX_RANK:
+        raise lifter.malformed(path, f"expected at most {MAX_RANK} dimensions, not {len(sizes)}")
+    shape = tuple(int(size) for size in sizes)
+    if math.prod(size for size in shape if size) >= 2**62:
+        raise lifter.malformed(path, f"an array of shape {shape} is too large to address")
+    return shape
+
+
+def dtype_at(
+    lifter: Any, node: dict[str, Any], element_type: Any, path: str
+) -> np.dtype[Any] | None:
+    dtype, name = dtype_of(element_type), node.get("dtype")
+    if name is None:
+        return dtype
+    extension = extension_dtype(name) if isinstance(name, str) else None
+    if extension is None or dtype is None or extension.itemsize != dtype.itemsize:
+        raise lifter.malformed(path, f"{name!r} is no dtype carried by {element_type!r}")
+    return extension
+
+
+def nbytes_of(payload: Any) -> int:
+    return payload.nbytes if isinstance(payload, Slot) else len(payload)

@@ -1,0 +1,146 @@
+"""Rows of small arrays alike: the fast ways of reading and writing equal the plain ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gpustore as gs
+from gpustore import document, rows
+from gpustore.document import Slot
+from gpustore.errors import GpustoreError
+
+LAYOUTS = ["inline", "detached"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _documents_are_not_decoded_whole():
+    """Documents below SLOT_NBYTES never come to be looked at for rows; make that few."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(document, "SLOT_NBYTES", 600)
+        yield
+
+
+def plainly(monkeypatch):
+    """Read and write every element by itself."""
+    monkeypatch.setattr(rows, "pitch_at", lambda *position: None)
+    monkeypatch.setattr(rows, "shared", lambda nodes: iter(()))
+
+
+@st.composite
+def small_arrays(draw):
+    """Arrays of which many follow one another with one shape and dtype, as a dict or as a list."""
+    arrays = []
+    for _ in range(draw(st.integers(1, 4))):
+        dtype = draw(st.sampled_from(["f4", "f8", "i1", "?", "c8", "f2", ">f4", "M8[s]"]))
+        shape = draw(st.sampled_from([(), (3,), (2, 3), (0,), (1, 2, 2), (64,), (200,)]))
+        values = np.arange(int(np.prod(shape)) or 1).astype(dtype)[: int(np.prod(shape))]
+        order = draw(st.sampled_from("CF"))
+        count = draw(st.sampled_from([1, 2, 5, 12, 40]))
+        arrays += [values.copy().reshape(shape, order=order) for _ in range(count)]
+    if draw(st.booleans()):
+        arrays[-1] = arrays[0]
+    names = draw(st.sampled_from(["a{}", "ö{}", "{}", "layer.{:04}"]))
+    if draw(st.booleans()):
+        return arrays
+    return {names.format(index): array for index, array in enumerate(arrays)}
+
+
+def described(value):
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.shape, value.tobytes(), value.flags.writeable
+    if not isinstance(value, (dict, list)):
+        return repr(value)
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: described(part) for key, part in parts}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("rows")
+
+
+def filled(node, buffer):
+    """Return a document with bytes in the place of slots."""
+    if isinstance(node, Slot):
+        return buffer[node.offset : node.offset + node.nbytes]
+    if isinstance(node, dict):
+        return {key: filled(child, buffer) for key, child in node.items()}
+    return [filled(child, buffer) for child in node] if isinstance(node, list) else node
+
+
+@given(small_arrays(), st.sampled_from(LAYOUTS), st.sampled_from([0, 600]))
+def test_rows_are_written_and_read_as_their_elements_would_be(folder, value, layout, slot_nbytes):
+    fast, plain = folder / "fast.bson", folder / "plain.bson"
+    gs.save(fast, model=value, layout=layout, durable=False)
+    octets = fast.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        plainly(patch)
+        gs.save(plain, model=value, layout=layout, durable=False)
+        assert plain.read_bytes() == octets
+        arrays = described(gs.load(plain, "model"))
+        expected = filled(document.scan(octets, slot_nbytes=slot_nbytes), octets)
+    assert repr(filled(document.scan(octets, slot_nbytes=slot_nbytes), octets)) == repr(expected)
+    assert described(gs.load(fast, "model", verify=True)) == arrays
+    with gs.open_file(fast) as stored:
+        assert stored.verify().arrays == len(stored.arrays)
+
+
+@pytest.fixture(scope="module")
+def row_files(folder):
+    arrays = {f"a{index}": np.full(4, index, "f4") for index in range(10, 40)}
+    for layout in LAYOUTS:
+        gs.save(folder / layout, arrays, layout=layout, durable=False)
+    return {layout: folder / layout for layout in LAYOUTS}
+
+
+def outcome(path):
+    """Return what a file loads as, or the error; offsets in messages may differ."""
+    try:
+        found = described(gs.load(path))
+    except GpustoreError as error:
+        return type(error)
+    return repr(found)
+
+
+CHANGES = st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=3)
+
+
+@given(CHANGES, st.sampled_from(LAYOUTS))
+def test_a_damaged_row_gives_what_its_elements_would_give(row_files, folder, changes, layout):
+    damaged = bytearray(row_files[layout].read_bytes())
+    for position, octet in changes:
+        damaged[position % len(damaged)] = octet
+    path = folder / "damaged.bson"
+    path.write_bytes(damaged)
+    found = outcome(path)
+    with pytest.MonkeyPatch.context() as patch:
+        plainly(patch)
+        assert outcome(path) == found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_arrays_of_a_row_do_not_overlap(tmp_path, layout):
+    path = tmp_path / "rows.bson"
+    gs.save(path, [np.full(3, index, "f4") for index in range(20)], layout=layout)
+    found = gs.load(path)
+    found[5][:] = -1
+    assert [float(array[0]) for array in found[4:7]] == [4, -1, 6]
+    assert gs.load(path)[5][0] == 5
+
+
+def test_a_row_is_read_as_one(tmp_path, monkeypatch):
+    path = tmp_path / "rows.bson"
+    gs.save(path, [np.full(3, index, "f4") for index in range(10, 90)])
+    read = []
+    plain = rows.read
+
+    def noted(*arguments):
+        read.append(plain(*arguments))
+        return read[-1]
+
+    monkeypatch.setattr(rows, "read", noted)
+    gs.load(path)
+    assert sum(len(row.names) for row in read if row is not None) >= 70
