@@ -67,9 +67,7 @@ def plan(document: dict[str, Any], *, writer: str, layout: str = "auto") -> Plan
 
 def trailer(writer: str, layout: str) -> dict[str, Any]:
     """Return what `_gpustore` says, but for the digest."""
-    from bson.int64 import Int64
-
-    return {"version": Int64(FORMAT_VERSION), "writer": writer, "layout": layout}
+    return {"version": int64()(FORMAT_VERSION), "writer": writer, "layout": layout}
 
 
 def encode(node: dict[str, Any] | list[Any]) -> Encoded:
