@@ -18,6 +18,8 @@ from gpustore.devices import CUDAStatus, cuda_status
 from gpustore.errors import (
     CUDAUnavailableError,
     DeviceDataLostError,
+    DeviceError,
+    DeviceMemoryError,
     EntryNotFoundError,
     FormatError,
     FutureVersionError,
@@ -121,6 +123,8 @@ __all__ = [
     "DataFrame",
     "Dense",
     "DeviceDataLostError",
+    "DeviceError",
+    "DeviceMemoryError",
     "EntryNotFoundError",
     "FormatError",
     "FutureVersionError",

@@ -74,6 +74,7 @@ class Machine:
     faults: dict[str, tuple[int, int]] = field(default_factory=dict)
     violations: list[str] = field(default_factory=list)
     pinned: dict[int, _Pinned] = field(default_factory=dict)
+    pinned_peak_nbytes: int = 0
     lock: Any = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
@@ -145,6 +146,7 @@ class Machine:
         block = np.full(nbytes, 0xEE, np.uint8).view(_PinnedBlock)
         self.pinned[block.ptr] = _Pinned(weakref.ref(block), nbytes)
         weakref.finalize(block, self._release_pinned, block.ptr)
+        self.pinned_peak_nbytes = max(self.pinned_peak_nbytes, self.pinned_nbytes)
         return block
 
     def _release_pinned(self, address: int) -> None:
@@ -153,7 +155,7 @@ class Machine:
 
     @property
     def pinned_nbytes(self) -> int:
-        return sum(pinned.nbytes for pinned in self.pinned.values())
+        return sum(pinned.nbytes for pinned in list(self.pinned.values()))
 
     def copy_async(self, stream: Stream, device: Any, mem: Any, nbytes: int, kind: str) -> None:
         """Queue a copy between octets of a device and pinned memory at an address."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import devices, document, notebook, storage, transfer, tree
+from gpustore import devices, document, foreign, notebook, ring, transfer, tree
 from gpustore.document import FORMAT_VERSION, Slot
 from gpustore.errors import (
     CUDAUnavailableError,
@@ -73,7 +73,7 @@ def load(
         root = _entries(lifter, content, names, file.path)
     if lost == "error" and lifter.has_lost:
         _refuse_lost(root, names, file.path)
-    root = arrays.placed(root, choose)
+    root = arrays.placed(root, choose, None if verify else progress)
     if progress is not None:
         progress(file.nbytes, file.nbytes)
     if len(names) == 1:
@@ -83,7 +83,7 @@ def load(
 
 def _open(path: Any, *, mmap: bool, slot_nbytes: int) -> tuple[MappedFile, dict[str, Any]]:
     file = MappedFile.open(path, mmap=mmap)
-    kind = storage.foreign_kind(bytes(file.buffer[:512]), file.nbytes)
+    kind = foreign.foreign_kind(bytes(file.buffer[:512]), file.nbytes)
     if kind is not None:
         raise FormatError(f"{file.path}: {kind}")
     content = document.scan(file.buffer, name=file.path, slot_nbytes=slot_nbytes)
@@ -197,20 +197,29 @@ class _Arrays:
         self.counts["cpu"] += 0 if row is None else len(row)
         return row
 
-    def placed(self, root: Any, choose: Callable[[str], str]) -> Any:
+    def placed(self, root: Any, choose: Callable[[str], str], progress: Progress | None) -> Any:
         """Return the tree with each array on its device; nothing large was read so far."""
         targets = {tag: choose(tag) for tag in self.counts}
         if all(device == "cpu" for device in targets.values()):
             return root
         self.require(targets)
+        done = 0
 
-        def move(leaf: Any) -> Any:
-            if not isinstance(leaf, np.ndarray) or not tree.is_numeric(leaf):
-                return leaf
-            device = targets[self.tags.get(id(leaf), "cpu")]
-            return leaf if device == "cpu" else devices.to_device(leaf, device)
+        def report(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(done, self.file.nbytes)
 
-        return tree.rebuild(root, move)
+        found: dict[int, tuple[Any, str]] = {}
+        for _, leaf in tree.walk_entries(root):
+            if isinstance(leaf, np.ndarray) and tree.is_numeric(leaf):
+                device = targets[self.tags.get(id(leaf), "cpu")]
+                if device != "cpu":
+                    found[id(leaf)] = leaf, device
+        with self.file.reader() as read:
+            moved = dict(zip(found, ring.to_devices([*found.values()], read, report), strict=True))
+        return tree.rebuild(root, lambda node: moved.get(id(node), node))
 
     def require(self, targets: dict[str, str]) -> None:
         """Raise CUDAUnavailableError where a device that arrays go to cannot be used."""

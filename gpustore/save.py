@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from gpustore import devices, document, storage, transfer, tree
+from gpustore import devices, document, ring, storage, transfer, tree
 from gpustore.digest import hasher
 from gpustore.document import PAYLOAD_DIGEST, STRUCTURE_DIGEST, Payload, Plan, Slot
 from gpustore.errors import UnsupportedValueError
@@ -196,9 +196,23 @@ def write_plan(
         storage.replacing(path, nbytes=plan.nbytes, durable=durable) as file,
         _hashing_thread() if is_large else contextlib.nullcontext() as beside,
     ):
-        out = _Output(file.write, plan.nbytes, progress)
+        out = _Output(file, plan.nbytes, progress)
+        digests = _write_device_arrays(file, out, plan)
         write = _write_detached if plan.places else _write_inline
-        write(file, out, plan, beside)
+        write(file, out, plan, beside, digests)
+
+
+def _write_device_arrays(file: storage.NewFile, out: _Output, plan: Plan) -> dict[int, bytes]:
+    """Write large arrays of devices before all else, at their places; return their digests."""
+    if all(payload.device_array is None for payload in plan.payloads):
+        return {}
+    offsets = [place.offset for place in plan.places]
+    if not offsets:
+        position = 0
+        for structure, payload in zip(plan.structures, plan.payloads, strict=False):
+            offsets.append(position + len(structure))
+            position = offsets[-1] + payload.nbytes
+    return ring.write_device_arrays(file.write_at, plan.payloads, offsets, out.report)
 
 
 @contextlib.contextmanager
@@ -226,14 +240,21 @@ def _stream(payload: Payload, out: _Output, beside: ThreadPoolExecutor | None, i
 
 
 def _write_inline(
-    file: storage.NewFile, out: _Output, plan: Plan, beside: ThreadPoolExecutor | None
+    file: storage.NewFile,
+    out: _Output,
+    plan: Plan,
+    beside: ThreadPoolExecutor | None,
+    digests: dict[int, bytes],
 ) -> None:
     """Write structures and payloads in turn; the digest of a payload follows it."""
     whole = hasher()
     for index, payload in enumerate(plan.payloads):
         whole.update(plan.structures[index])
         out.write(plan.structures[index])
-        if payload.hashed is not None:  # a row: the digests are in it
+        if index in digests:
+            out.skip(payload.nbytes)
+            plan.structures[index + 1][PAYLOAD_DIGEST] = digests[index]
+        elif payload.hashed is not None:  # a row: the digests are in it
             whole.update(payload.hashed)
             _stream(payload, out, None, None)
         elif payload.is_bare:
@@ -256,16 +277,23 @@ def _payload_hasher(payload: Payload, beside: ThreadPoolExecutor | None) -> Any:
 
 
 def _write_detached(
-    file: storage.NewFile, out: _Output, plan: Plan, beside: ThreadPoolExecutor | None
+    file: storage.NewFile,
+    out: _Output,
+    plan: Plan,
+    beside: ThreadPoolExecutor | None,
+    digests: dict[int, bytes],
 ) -> None:
     """Stream the payloads to their places, then the document, which holds their digests."""
     (structure,) = plan.structures
     position, gaps = len(structure), []
     file.seek(position)
-    for payload, place in zip(plan.payloads, plan.places, strict=True):
+    for index, (payload, place) in enumerate(zip(plan.payloads, plan.places, strict=True)):
         gaps.append(bytes(place.offset - position))
         out.write(gaps[-1])
-        if place.digest is None:  # a row: the digests are in the document
+        if index in digests:
+            out.skip(payload.nbytes)
+            structure[place.digest] = digests[index]
+        elif place.digest is None:  # a row: the digests are in the document
             _stream(payload, out, None, None)
             gaps.append(payload.hashed)
         else:
@@ -288,8 +316,8 @@ def _write_detached(
 class _Output:
     """Gathers small pieces into writes of `_GATHER_NBYTES`, and reports what is written."""
 
-    def __init__(self, write: Callable[[Any], Any], nbytes: int, progress: Progress | None) -> None:
-        self.write_through, self.nbytes, self.progress = write, nbytes, progress
+    def __init__(self, file: storage.NewFile, nbytes: int, progress: Progress | None) -> None:
+        self.file, self.nbytes, self.progress = file, nbytes, progress
         self.done, self.gathered = 0, bytearray()
 
     def write(self, piece: Any) -> None:
@@ -298,14 +326,19 @@ class _Output:
             self.gathered += view
             return
         self.flush()
-        self.write_through(view)
+        self.file.write(view)
         self.report(view.nbytes)
 
     def flush(self) -> None:
         gathered, self.gathered = self.gathered, bytearray()
         if gathered:
-            self.write_through(gathered)
+            self.file.write(gathered)
             self.report(len(gathered))
+
+    def skip(self, nbytes: int) -> None:
+        """Go on after bytes that are in the file already, and reported."""
+        self.flush()
+        self.file.skip(nbytes)
 
     def report(self, nbytes: int) -> None:
         self.done += nbytes

@@ -62,6 +62,15 @@ def cuda_array(array: Any) -> Any | None:
         return None
 
 
+def has_dtype(dtype: np.dtype[Any]) -> bool:
+    """Return whether CuPy has arrays of this dtype, in this byte order."""
+    try:
+        devices.load_cupy().empty(0, dtype)
+    except (TypeError, ValueError):
+        return False
+    return dtype.isnative
+
+
 def flat_octets(array: Any, start: Any) -> Any:
     """Return the bytes of a CuPy array in row-major order: a view, or where it must be a copy.
 

@@ -1,4 +1,4 @@
-"""Files: mapped reading, atomic durable writing, and telling files of other kinds apart."""
+"""Files: mapped reading, and atomic durable writing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from typing import Any
 
 import numpy as np
 
-from gpustore.errors import FormatError, UnsupportedValueError
+from gpustore.errors import FormatError, TruncatedFileError, UnsupportedValueError
 
 # of <sys/mman.h>; Python has the name from 3.13 on
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -31,10 +31,12 @@ class MappedFile:
     is for such files.
     """
 
-    __slots__ = ("_buffer", "nbytes", "path")
+    __slots__ = ("_buffer", "_identity", "nbytes", "path")
 
-    def __init__(self, path: str, buffer: mmap.mmap | bytearray) -> None:
-        self.path, self.nbytes = path, len(buffer)
+    def __init__(
+        self, path: str, buffer: mmap.mmap | bytearray, identity: tuple[int, int] | None = None
+    ) -> None:
+        self.path, self.nbytes, self._identity = path, len(buffer), identity
         self._buffer: mmap.mmap | bytearray | None = buffer
 
     @classmethod
@@ -55,7 +57,9 @@ class MappedFile:
         if not stat.S_ISREG(mode):
             raise FormatError(f"{name}: expected a regular file, found a device, pipe or socket")
         with open(name, "rb") as stream:
-            return cls(name, _mapped(stream) if mmap else _read(stream))
+            if mmap:
+                return cls(name, _mapped(stream), _identity_of(stream.fileno()))
+            return cls(name, _read(stream))
 
     @property
     def buffer(self) -> mmap.mmap | bytearray:
@@ -68,6 +72,43 @@ class MappedFile:
     def is_closed(self) -> bool:
         return self._buffer is None
 
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[Callable[[Any, Any], None]]:
+        """Give `read(into, octets)`, which copies the bytes that `octets` is a view of.
+
+        Those of the file are read from it into the buffer, which spares the page faults of the
+        mapping; other views, and those of a file that has been replaced since, are copied.
+        """
+        first = np.frombuffer(self.buffer, np.uint8).ctypes.data
+        with contextlib.ExitStack() as held:
+            descriptor = self._reopened(held)
+
+            def read(into: Any, octets: Any) -> None:
+                offset, done = octets.ctypes.data - first, 0
+                if descriptor is None or not 0 <= offset <= self.nbytes - octets.size:
+                    np.copyto(into, octets)
+                    return
+                while done < octets.size:
+                    count = os.preadv(descriptor, [into[done:].data], offset + done)
+                    if count == 0:
+                        raise TruncatedFileError(
+                            f"{self.path}: expected {self.nbytes} bytes, found {offset + done}; "
+                            "the file was cut while it was being loaded"
+                        )
+                    done += count
+
+            yield read
+
+    def _reopened(self, held: contextlib.ExitStack) -> int | None:
+        if self._identity is None or not hasattr(os, "preadv"):
+            return None
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError:  # moved, or no longer ours to read
+            return None
+        held.callback(os.close, descriptor)
+        return descriptor if _identity_of(descriptor) == self._identity else None
+
     def close(self) -> None:
         """Let go of the mapping; it ends when the last view of it does."""
         self._buffer = None
@@ -77,6 +118,11 @@ class MappedFile:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _identity_of(descriptor: int) -> tuple[int, int]:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino
 
 
 def _is_a_folder(name: str) -> IsADirectoryError:
@@ -128,6 +174,25 @@ class NewFile:
                     raise OSError(errno.EIO, "the file system took no bytes")
             done += count
         self.written += done
+
+    def write_at(self, buffer: Any, position: int) -> None:
+        """Write all bytes of a flat buffer of bytes at this place; `skip` counts them later.
+
+        For several threads at once; the place where `write` goes on stays as it is.
+        """
+        octets, done = memoryview(buffer), 0
+        while done < octets.nbytes:
+            with self._explained():
+                count = os.pwrite(self._descriptor, octets[done:], position + done)
+                if count == 0:
+                    raise OSError(errno.EIO, "the file system took no bytes")
+            done += count
+
+    def skip(self, nbytes: int) -> None:
+        """Go on writing after bytes that `write_at` has written here."""
+        with self._explained():
+            os.lseek(self._descriptor, nbytes, os.SEEK_CUR)
+        self.written += nbytes
 
     def seek(self, position: int) -> None:
         """Go on writing at this byte of the file."""
@@ -320,90 +385,3 @@ def _sync_folder(folder: str) -> None:
             raise OSError(error.errno, sentence, folder) from error
     finally:
         os.close(descriptor)
-
-
-# --- other kinds of files ---------------------------------------------------------------------
-
-_BINARY = (
-    (
-        rb"7JL",
-        "this is a stream of Julia's Serialization, which only the same Julia version reads; load "
-        "it there and save it with BSON.jl",
-    ),
-    (
-        rb"PK(?:\x03\x04|\x05\x06)",
-        "this is a zip archive (torch.save, numpy.savez and Keras write them); open it with the "
-        "library that wrote it",
-    ),
-    (
-        rb"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.",
-        "this is a file of torch.save from before PyTorch 1.6; load it with torch.load where you "
-        "trust it and save it with gpustore",
-    ),
-    (
-        rb"\x80[\x02-\x05][\x95}\])c(\x8aKXUq.NGJMBC\x88\x89\x8c-\x8f]",
-        "this is a Python pickle, which runs code when it is loaded and is never opened here; load "
-        "it where you trust it and save it with gpustore",
-    ),
-    (
-        rb"\x89HDF\r\n\x1a\n|HDF5-based Julia Data Format|Julia data file \(HDF5\)",
-        "this is an HDF5 or JLD2 file; open it with h5py or with JLD2.jl",
-    ),
-    (rb"\x93NUMPY", "this is a NumPy .npy file; load it with numpy.load"),
-    (
-        rb"(?s).{4}\0{4}\{[\"\s}]",
-        "this is a safetensors file; load it with the safetensors package and save its tensors",
-    ),
-    (rb"GGUF", "this is a GGUF file; open it with the program it was made for"),
-    (rb"\x1f\x8b\x08", "this is a gzip file; unpack it with gunzip first"),
-    (rb"BZh[1-9]1AY&SY", "this is a bzip2 file; unpack it with bunzip2 first"),
-    (rb"\xfd7zXZ\0", "this is an xz file; unpack it with unxz first"),
-    (rb"\x28\xb5\x2f\xfd", "this is a zstd file; unpack it with unzstd first"),
-)
-_TEXT = (
-    (
-        rb"version https://git-lfs\.github\.com/spec/",
-        "this is a Git LFS pointer, not the file itself; run `git lfs pull` to fetch it",
-    ),
-    (
-        rb"(?i)\s*<(?:!doctype|html|head|body|\?xml)",
-        "this is an HTML or XML page, not the file itself; download the file again",
-    ),
-    (
-        rb"\s*(?:\{\s*[\"}]|\[\s*(?:[\[{\"\]\d-]|true|false|null))",
-        "this is JSON text, not BSON; load it with Python's json module",
-    ),
-    (rb"", "this is text, not BSON; find the file that it describes"),
-)
-
-
-def foreign_kind(head: bytes, nbytes: int) -> str | None:
-    """Say what a file of another kind is and what to do with it; None for what may be BSON.
-
-    `head` are the first bytes (512 are enough) of a file of `nbytes` bytes.
-
-    >>> foreign_kind(b"", 0)
-    'the file is empty; copy or save it again'
-    """
-    if nbytes == 0:
-        return "the file is empty; copy or save it again"
-    if _begins_as_bson(head, nbytes):
-        return None
-    text = re.fullmatch(rb"(?:\xef\xbb\xbf)?([\t\n\f\r\x20-\x7e\x80-\xff]{5,})", head)
-    rows, start = (_TEXT, text[1]) if text else (_BINARY, head)
-    return next((sentence for pattern, sentence in rows if re.match(pattern, start)), None)
-
-
-def _begins_as_bson(head: bytes, nbytes: int) -> bool:
-    """Whether the length, and the type and key of the first element, are such as BSON has.
-
-    A length below that of the file is BSON's too: more may follow. The length -1 begins no other
-    kind that is known here.
-    """
-    length = int.from_bytes(head[:4], "little", signed=True)
-    if length == nbytes:
-        return True
-    element = re.match(rb"(?s).{4}[\x01-\x13\x7f\xff]([^\0]+)\0", head)
-    if element is None or not 5 <= length < nbytes:
-        return False
-    return element[1].decode("utf-8", "surrogateescape").isprintable()

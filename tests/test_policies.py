@@ -158,16 +158,12 @@ def test_nothing_large_is_read_before_the_failure(file):
         gs.load(file)
 
 
-def test_out_of_device_memory_is_cupys_own_error(file, monkeypatch):
-    with fake_cuda(1):
-        gs.save(file, a=gs.gpu(np.ones(4)), on_gpu="tag")
-
-        def full(array, device):
-            raise MemoryError("out of device memory")
-
-        monkeypatch.setattr("gpustore.devices.to_device", full)
-        with pytest.raises(MemoryError, match="out of device memory"):
-            gs.load(file)
+def test_out_of_device_memory_says_what_was_asked_and_what_is_free(file):
+    with fake_cuda(1, memory_nbytes=600) as cupy:
+        gs.save(file, a=np.ones(4), b=np.ones(100))
+        with pytest.raises(gs.DeviceMemoryError, match="1056 bytes, found 600 free of 600"):
+            gs.load(file, device="cuda")
+        assert cupy.machine.used_nbytes == [0]
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:-1", "cuda:x", 3.5])

@@ -29,7 +29,8 @@ from hypothesis import strategies as st
 
 from gpustore import storage
 from gpustore.errors import FormatError, UnsupportedValueError
-from gpustore.storage import MappedFile, foreign_kind, replacing
+from gpustore.foreign import foreign_kind
+from gpustore.storage import MappedFile, replacing
 
 JULIA = Path(__file__).parent / "fixtures" / "julia"
 WILD = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "wild"

@@ -1,0 +1,306 @@
+"""Device memory to a file and back: large arrays in pieces, small ones in groups.
+
+A ring of lanes (pinned buffers, each with its streams and a thread of its own) moves the pieces, so
+that copies and file I/O overlap and host memory stays within GPUSTORE_RING_MIB. Without it, with a
+ring of 0 MiB, `devices` copies each array whole: the same bytes, slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gpustore import devices, staging
+from gpustore.digest import hasher
+from gpustore.errors import DeviceMemoryError
+from gpustore.layout import Payload
+
+GROUP_NBYTES = 256 * 1024  # arrays below this size share a copy
+_ALIGNMENT = 256  # of the arrays in a group, as cudaMalloc aligns
+_MAX_LANES = 16
+
+Report = Callable[[int], None]
+
+
+# --- saving -----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Whole:
+    """What the pieces of one array have in common; hashed in order, whichever lane brings them."""
+
+    index: int
+    octets: Any
+    offset: int
+    hasher: Any
+    hashed: int = 0
+
+
+def write_device_arrays(
+    write_at: Callable[[Any, int], None],
+    payloads: list[Payload],
+    offsets: list[int],
+    report: Report,
+) -> dict[int, bytes]:
+    """Write the payloads that are large arrays of devices at their offsets; return their digests.
+
+    The digests are by index of payload. Small ones are arranged to be fetched in groups when their
+    chunks are asked for; those for whose row-major copy the device has no room are left too.
+    """
+    _arrange_groups(payloads)
+    large = [i for i, payload in enumerate(payloads) if _is_large(payload)]
+    if not large:
+        return {}
+    digests: dict[int, bytes] = {}
+    ring = _Ring()
+
+    def move(lane: staging.Lane, piece: tuple[_Whole, int, int]) -> int:
+        whole, start, nbytes = piece
+        host = lane.to_host(whole.octets, start, nbytes)
+        write_at(host, whole.offset + start)
+        with ring.turn(lambda: whole.hashed == start):
+            whole.hasher.update(host)
+            whole.hashed += nbytes
+            if whole.hashed == whole.octets.size:
+                digests[whole.index] = whole.hasher.digest()
+        return nbytes
+
+    starts = staging.origins({devices.array_device(payloads[i].device_array) for i in large})
+    ring.run(_pieces_to_write(large, payloads, offsets, starts), move, starts, report)
+    return digests
+
+
+def _is_large(payload: Payload) -> bool:
+    return (
+        payload.device_array is not None
+        and not payload.is_bare
+        and payload.nbytes >= GROUP_NBYTES
+        and hasattr(os, "pwrite")
+    )
+
+
+def _pieces_to_write(
+    large: list[int], payloads: list[Payload], offsets: list[int], starts: staging.Origins
+) -> Iterator[tuple[_Whole, int, int]]:
+    for index in large:
+        array = payloads[index].device_array
+        try:
+            octets = staging.flat_octets(array, starts[devices.array_device(array)])
+        except DeviceMemoryError:  # for a row-major copy; the host has it chunk by chunk
+            continue
+        whole = _Whole(index, octets, offsets[index], hasher())
+        for start in range(0, octets.size, staging.LANE_NBYTES):
+            yield whole, start, min(staging.LANE_NBYTES, octets.size - start)
+
+
+class _Group:
+    """Small arrays of one device that are fetched at once when the first of them is asked for."""
+
+    def __init__(self) -> None:
+        self.payloads: list[Payload] = []
+        self.nbytes = 0
+        self._host: Any = None
+
+    def add(self, payload: Payload) -> None:
+        start, self.nbytes = self.nbytes, self.nbytes + payload.nbytes
+        payload.make_chunks = lambda: self._chunk(start, payload)
+        self.payloads.append(payload)
+
+    def _chunk(self, start: int, payload: Payload) -> Iterable[Any]:
+        if self._host is None:
+            self._host = staging.gathered([member.device_array for member in self.payloads])
+        chunk = self._host[start : start + payload.nbytes]
+        if payload is self.payloads[-1]:
+            self._host = None
+        return (chunk,)
+
+
+def _arrange_groups(payloads: list[Payload]) -> None:
+    open_groups: dict[str, _Group] = {}
+    for payload in payloads:
+        if payload.device_array is None or payload.nbytes >= GROUP_NBYTES:
+            continue
+        device = devices.array_device(payload.device_array)
+        group = open_groups.get(device)
+        if group is None or group.nbytes + payload.nbytes > staging.LANE_NBYTES:
+            group = open_groups[device] = _Group()
+        group.add(payload)
+
+
+# --- loading ----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Slab:
+    """Memory of a device that is filled piece by piece, for one array or a group of them."""
+
+    device: str
+    members: list[tuple[int, Any, int]] = field(default_factory=list)  # index, host octets, start
+    nbytes: int = 0
+    octets: Any = None
+
+    def add(self, index: int, host: Any) -> None:
+        start = -(-self.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self.members.append((index, host, start))
+        self.nbytes = start + host.size
+
+
+def to_devices(
+    arrays: list[tuple[Any, str]],
+    read: Callable[[Any, Any], None] = np.copyto,
+    report: Report = lambda nbytes: None,
+) -> list[Any]:
+    """Return host arrays on CUDA devices, each of the pairs on its own; memory order is kept.
+
+    `read(into, octets)` fills a pinned buffer with the bytes at which `octets` is a view: from a
+    file faster than from its mapping. Arrays below GROUP_NBYTES share the memory of up to 8 MiB.
+    Dtypes that CuPy lacks raise UnsupportedValueError, a device without room DeviceMemoryError:
+    what was placed so far is released.
+    """
+    placed: list[Any] = [None] * len(arrays)
+    slabs = list(_slabs_for(arrays, placed, report))
+
+    def move(lane: staging.Lane, piece: tuple[_Slab, int, int]) -> int:
+        slab, start, nbytes = piece
+        if len(slab.members) == 1:
+            read(lane.host[:nbytes], slab.members[0][1][start : start + nbytes])
+        else:
+            for _, host, begin in slab.members:
+                read(lane.host[begin : begin + host.size], host)
+        lane.to_device(slab.octets, start, nbytes)
+        return nbytes
+
+    try:
+        for slab in slabs:
+            slab.octets = staging.empty_octets(slab.nbytes, slab.device)
+        if slabs:
+            starts = staging.origins({slab.device for slab in slabs})
+            _Ring().run(_pieces_to_read(slabs), move, starts, report)
+    except BaseException:
+        placed.clear()
+        for slab in slabs:
+            slab.octets = None
+        staging.free_pooled_memory()
+        raise
+    for slab in slabs:
+        for index, host, start in slab.members:
+            array = arrays[index][0]
+            order = "C" if array.flags.c_contiguous else "F"
+            octets = slab.octets[start : start + host.size]
+            placed[index] = staging.shaped(octets, array.dtype, array.shape, order)
+    return placed
+
+
+def _slabs_for(
+    arrays: list[tuple[Any, str]], placed: list[Any], report: Report
+) -> Iterator[_Slab]:
+    """Yield what is to be filled by the ring; arrays that are not for it are placed at once."""
+    open_slabs: dict[str, _Slab] = {}
+    known = {dtype: staging.has_dtype(dtype) for dtype in {array.dtype for array, _ in arrays}}
+    for index, (array, device) in enumerate(arrays):
+        if not (known[array.dtype] and array.flags.forc and array.nbytes and staging.ring_nbytes()):
+            with staging.explained(device, array.nbytes):
+                placed[index] = devices.to_device(array, device)
+            report(array.nbytes)
+            continue
+        host = (array if array.flags.c_contiguous else array.T).reshape(-1).view(np.uint8)
+        slab = open_slabs.get(device)
+        if host.size >= GROUP_NBYTES:
+            slab = _Slab(device)
+            yield slab
+        elif slab is None or slab.nbytes + _ALIGNMENT + host.size > staging.LANE_NBYTES:
+            slab = open_slabs[device] = _Slab(device)
+            yield slab
+        slab.add(index, host)
+
+
+def _pieces_to_read(slabs: list[_Slab]) -> Iterator[tuple[_Slab, int, int]]:
+    for slab in slabs:
+        for start in range(0, slab.nbytes, staging.LANE_NBYTES):
+            yield slab, start, min(staging.LANE_NBYTES, slab.nbytes - start)
+
+
+# --- the ring ---------------------------------------------------------------------------------
+
+
+class _Ring:
+    """Lanes on threads of their own, and what they wait for: their turn, or the end."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._failure: BaseException | None = None
+        self._is_stopped = False
+        self._moved = self._lanes = 0
+
+    def run(
+        self,
+        pieces: Iterator[Any],
+        move: Callable[[staging.Lane, Any], int],
+        starts: staging.Origins,
+        report: Report,
+    ) -> None:
+        """Let the lanes `move` all pieces, and report here how many bytes each was.
+
+        Raises what failed first. When this returns or raises, no lane touches a buffer, a file or a
+        device any more.
+        """
+        room = staging.ring_nbytes() // staging.LANE_NBYTES
+        self._lanes = max(min(room, _MAX_LANES, 2 * (os.cpu_count() or 1)), 1)
+        threads = [
+            threading.Thread(target=self._work, args=(pieces, move, starts), name="gpustore-lane")
+            for _ in range(self._lanes)
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            while self._lanes or self._moved:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._moved or not self._lanes)
+                    moved, self._moved = self._moved, 0
+                report(moved)
+        finally:  # after Ctrl-C too, which arrives here
+            self._stop(None)
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _work(self, pieces: Iterator[Any], move: Any, starts: staging.Origins) -> None:
+        try:
+            with staging.Lane(staging.LANE_NBYTES, starts) as lane:
+                while True:
+                    with self._changed:
+                        piece = None if self._is_stopped else next(pieces, None)
+                    if piece is None:
+                        break
+                    moved = move(lane, piece)
+                    with self._changed:
+                        self._moved += moved
+                        self._changed.notify_all()
+        except BaseException as error:
+            self._stop(error)
+        with self._changed:
+            self._lanes -= 1
+            self._changed.notify_all()
+
+    def _stop(self, failure: BaseException | None) -> None:
+        with self._changed:
+            self._is_stopped = True
+            self._failure = self._failure or failure
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def turn(self, is_due: Callable[[], bool]) -> Iterator[None]:
+        """Enter when it is due, or when the ring has stopped and it does not matter any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_stopped or is_due())
+        yield
+        with self._changed:
+            self._changed.notify_all()
