@@ -1,6 +1,6 @@
 """What device an array is on, why CUDA is not there, and copies between host and device.
 
-The only module that names CuPy; the calls that need it import it, this module never does.
+With `staging` the only module that names CuPy; what needs it imports it, this module never does.
 Devices are named "cpu" and "cuda:N"; arrays of CuPy, torch and jax are asked theirs through DLPack.
 """
 

@@ -59,7 +59,7 @@ class _FakeDevice:
 
     def synchronize(self) -> None:
         self._machine.check()
-        self._machine.null_streams[self.id].synchronize()
+        self._machine.synchronize(self.id)
 
 
 class _MemoryPointer:

@@ -80,6 +80,7 @@ class Machine:
     def __post_init__(self) -> None:
         self.used_nbytes = [0] * self.device_count
         self.null_streams = [Stream(self, ordinal) for ordinal in range(self.device_count)]
+        self.streams: weakref.WeakSet[Stream] = weakref.WeakSet(self.null_streams)
         self._local = threading.local()
 
     def check(self) -> None:
@@ -117,6 +118,11 @@ class Machine:
         streams: dict[int, Stream] = self._local.streams
         return streams
 
+    def synchronize(self, ordinal: int) -> None:
+        """Run all that is queued on a device."""
+        for stream in [stream for stream in self.streams if stream.device_id == ordinal]:
+            stream.synchronize()
+
     def current_stream(self) -> Stream:
         return self.current_streams.get(self.current, self.null_streams[self.current])
 
@@ -126,7 +132,7 @@ class Machine:
         nbytes = int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
         with self.lock:
             try:
-                self.reach("memory")
+                self.reach("memory" if nbytes else "")
                 if self.used_nbytes[ordinal] + nbytes > self.memory_nbytes:
                     raise CUDARuntimeError(2)
             except CUDARuntimeError as error:
@@ -150,7 +156,7 @@ class Machine:
         return block
 
     def _release_pinned(self, address: int) -> None:
-        if self.pinned.pop(address).pending:
+        if self.pinned.pop(address).pending and self.status not in _STICKY:
             self.violations.append("pinned memory was freed before the copies that use it")
 
     @property
@@ -196,6 +202,8 @@ class Stream:
         self.machine = machine
         self.device_id = machine.current if ordinal is None else ordinal
         self._queue: deque[Callable[[], None]] = deque()
+        if ordinal is None:
+            machine.streams.add(self)
         self._outer: list[Stream | None] = []
         self.queued = self.done_count = 0
 

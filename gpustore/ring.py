@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -197,9 +198,7 @@ def to_devices(
     return placed
 
 
-def _slabs_for(
-    arrays: list[tuple[Any, str]], placed: list[Any], report: Report
-) -> Iterator[_Slab]:
+def _slabs_for(arrays: list[tuple[Any, str]], placed: list[Any], report: Report) -> Iterator[_Slab]:
     """Yield what is to be filled by the ring; arrays that are not for it are placed at once."""
     open_slabs: dict[str, _Slab] = {}
     known = {dtype: staging.has_dtype(dtype) for dtype in {array.dtype for array, _ in arrays}}
@@ -269,8 +268,12 @@ class _Ring:
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # else it and this frame hold each other, and all that is placed
 
     def _work(self, pieces: Iterator[Any], move: Any, starts: staging.Origins) -> None:
         try:
@@ -285,6 +288,7 @@ class _Ring:
                         self._moved += moved
                         self._changed.notify_all()
         except BaseException as error:
+            _let_go(error)
             self._stop(error)
         with self._changed:
             self._lanes -= 1
@@ -304,3 +308,11 @@ class _Ring:
         yield
         with self._changed:
             self._changed.notify_all()
+
+
+def _let_go(error: BaseException) -> None:
+    """Clear the frames that an error and its causes keep, which hold arrays of the device."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__

@@ -290,7 +290,7 @@ def _write_detached(
     for index, (payload, place) in enumerate(zip(plan.payloads, plan.places, strict=True)):
         gaps.append(bytes(place.offset - position))
         out.write(gaps[-1])
-        if index in digests:
+        if place.digest is not None and index in digests:
             out.skip(payload.nbytes)
             structure[place.digest] = digests[index]
         elif place.digest is None:  # a row: the digests are in the document

@@ -65,7 +65,8 @@ def cuda_array(array: Any) -> Any | None:
 def has_dtype(dtype: np.dtype[Any]) -> bool:
     """Return whether CuPy has arrays of this dtype, in this byte order."""
     try:
-        devices.load_cupy().empty(0, dtype)
+        with explained("cuda"):
+            devices.load_cupy().empty(0, dtype)
     except (TypeError, ValueError):
         return False
     return dtype.isnative
@@ -78,7 +79,7 @@ def flat_octets(array: Any, start: Any) -> Any:
     """
     device = devices.array_device(array)
     if not array.flags.c_contiguous:
-        with devices.cuda_device(device), explained(device, array.nbytes):
+        with explained(device, array.nbytes), devices.cuda_device(device):
             cupy = devices.load_cupy()
             stream = cupy.cuda.get_current_stream()
             stream.wait_event(start)
@@ -90,7 +91,7 @@ def flat_octets(array: Any, start: Any) -> Any:
 def gathered(arrays: list[Any]) -> Any:
     """Return the row-major bytes of CuPy arrays of one device, end to end, in host memory."""
     device = devices.array_device(arrays[0])
-    with devices.cuda_device(device), explained(device, sum(array.nbytes for array in arrays)):
+    with explained(device, sum(array.nbytes for array in arrays)), devices.cuda_device(device):
         cupy = devices.load_cupy()
         parts = [cupy.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays]
         return cupy.concatenate(parts).get()
@@ -101,7 +102,7 @@ def empty_octets(nbytes: int, device: str) -> Any:
 
     Raises DeviceMemoryError, with what was asked and what is free.
     """
-    with devices.cuda_device(device), explained(device, nbytes):
+    with explained(device, nbytes), devices.cuda_device(device):
         return devices.load_cupy().empty(nbytes, np.uint8)
 
 
@@ -115,7 +116,7 @@ def origins(of: set[str]) -> Origins:
     """Return an event for each device after all that this thread's current stream there does."""
     events = {}
     for device in of:
-        with devices.cuda_device(device), explained(device):
+        with explained(device), devices.cuda_device(device):
             events[device] = devices.load_cupy().cuda.get_current_stream().record(_event())
     return events
 
@@ -145,8 +146,12 @@ class Lane:
 
     def __exit__(self, *exc_info: object) -> None:
         for device, (stream, _) in self._streams.items():
-            with contextlib.suppress(Exception), devices.cuda_device(device):
-                stream.synchronize()  # after an error: until nothing touches the buffer
+            try:  # after an error: until nothing touches the buffer
+                with devices.cuda_device(device):
+                    stream.synchronize()
+            except Exception:
+                with contextlib.suppress(Exception), devices.cuda_device(device) as whole:
+                    whole.synchronize()
         self._streams.clear()
         del self.host, self._pinned
 
@@ -168,7 +173,7 @@ class Lane:
     @contextlib.contextmanager
     def _on(self, octets: Any) -> Iterator[tuple[Any, Any]]:
         device = devices.array_device(octets)
-        with devices.cuda_device(device), explained(device):
+        with explained(device), devices.cuda_device(device):
             if device not in self._streams:
                 stream = devices.load_cupy().cuda.Stream(non_blocking=True)
                 self._streams[device] = stream, _event()

@@ -184,30 +184,30 @@ def rebuild(root: Any, replace: Callable[[Any], Any]) -> Any:
     A node for which `replace` returns another object is that object; other containers are copied
     with their children visited, other leaves taken over.
     """
-    memo: dict[int, Any] = {}
+    return _rebuilt(root, replace, {})
 
-    def visit(node: Any) -> Any:
-        if id(node) in memo:
-            return memo[id(node)]
-        new = replace(node)
-        if new is not node:
-            pass
-        elif isinstance(node, tuple):
-            parts = [visit(child) for child in node]
-            new = type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
-        elif isinstance(node, (dict, list)):
-            new = memo[id(node)] = copy.copy(node)
-            for key in node if isinstance(node, dict) else range(len(node)):
-                new[key] = visit(node[key])
-        elif dataclasses.is_dataclass(node) and not isinstance(node, type):
-            new = memo[id(node)] = copy.copy(node)
-            for name, _ in _field_names(type(node)):
-                if hasattr(node, name):
-                    object.__setattr__(new, name, visit(getattr(node, name)))
-        memo[id(node)] = new
-        return new
 
-    return visit(root)
+def _rebuilt(node: Any, replace: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
+    # no closure, which would hold itself, and the arrays in `memo`, until it is collected
+    if id(node) in memo:
+        return memo[id(node)]
+    new = replace(node)
+    if new is not node:
+        pass
+    elif isinstance(node, tuple):
+        parts = [_rebuilt(child, replace, memo) for child in node]
+        new = type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
+    elif isinstance(node, (dict, list)):
+        new = memo[id(node)] = copy.copy(node)
+        for key in node if isinstance(node, dict) else range(len(node)):
+            new[key] = _rebuilt(node[key], replace, memo)
+    elif dataclasses.is_dataclass(node) and not isinstance(node, type):
+        new = memo[id(node)] = copy.copy(node)
+        for name, _ in _field_names(type(node)):
+            if hasattr(node, name):
+                object.__setattr__(new, name, _rebuilt(getattr(node, name), replace, memo))
+    memo[id(node)] = new
+    return new
 
 
 # --- devices ----------------------------------------------------------------------------------
@@ -332,7 +332,9 @@ def params(x: Any) -> list[Any]:
 
 def is_numeric(array: Any) -> bool:
     """Whether an array holds numbers, which may be parameters and may lie on a GPU."""
-    return not isinstance(array, np.ndarray) or array.dtype.kind not in "OSUVmM"
+    if not isinstance(array, np.ndarray):
+        return True
+    return array.dtype.kind not in "OSUmM" and array.dtype.type is not np.void  # bfloat16 is V too
 
 
 def loadparams(model: Any, weights: Any) -> None:

@@ -99,7 +99,9 @@ def test_a_module_imports_only_from_those_above_it(module):
     assert ours <= set(above)
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"devices", "staging", "kernels", "fake_cuda", "fake_streams"}))
+@pytest.mark.parametrize(
+    "module", sorted(set(MODULES) - {"devices", "staging", "kernels", "fake_cuda", "fake_streams"})
+)
 def test_only_those_below_the_waist_name_cupy(module):
     for node in ast.walk(parsed(module)):
         name = getattr(node, "id", None) or getattr(node, "attr", None) or ""

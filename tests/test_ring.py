@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -46,7 +49,7 @@ def values(nbytes: int, seed: int = 0) -> Any:
 
 
 def clean(cupy: Any, *, used: bool = False) -> None:
-    """Nothing is left behind: no pinned memory, no lane, nothing a real device would not forgive."""
+    """Nothing is left: no pinned memory, no lane, nothing that a real device would not forgive."""
     machine = cupy.machine
     assert machine.violations == []
     assert machine.pinned_nbytes == 0
@@ -81,7 +84,10 @@ def test_the_ring_writes_what_the_plain_way_writes_and_loads_it_back(
         for source, array, other in zip(model, loaded, twin, strict=True):
             expected = "cpu" if on_gpu == "transfer" else gs.device_of(source)
             assert gs.device_of(array) == gs.device_of(other) == expected
-            assert (array.flags.c_contiguous, array.dtype) == (other.flags.c_contiguous, other.dtype)
+            assert (array.flags.c_contiguous, array.dtype) == (
+                other.flags.c_contiguous,
+                other.dtype,
+            )
             np.testing.assert_array_equal(gs.cpu(array), gs.cpu(source))
         clean(cupy, used=True)
 
@@ -162,7 +168,7 @@ def test_one_array_in_two_places_stays_one(file):
 
 def test_a_dtype_that_cupy_lacks_goes_the_plain_way_and_is_refused_by_it(file):
     with fake_cuda(2) as cupy:
-        gs.save(file, [np.zeros(GROUP, np.longdouble)])
+        gs.save(file, [np.zeros(GROUP, ml_dtypes.bfloat16)])
         with pytest.raises(gs.UnsupportedValueError, match="dtype"):
             gs.load(file, device="cuda")
         clean(cupy)
@@ -188,11 +194,19 @@ def test_progress_counts_every_byte_once_on_the_callers_thread(file):
 # --- when something fails ---------------------------------------------------------------------
 
 
-def faults() -> list[Any]:
-    return [(stage, nth, status) for stage in FAULT_STAGES for nth in range(9) for status in (2, 700)]
+FAULTS = [(stage, nth, status) for stage in FAULT_STAGES for nth in range(9) for status in (2, 700)]
 
 
-@pytest.mark.parametrize(("stage", "nth", "status"), faults())
+def failure_of(job: Callable[[], Any]) -> str | None:
+    """Return the sentence of the device's error, None without one."""
+    try:
+        job()
+    except (gs.DeviceError, gs.DeviceMemoryError) as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(("stage", "nth", "status"), FAULTS)
 def test_a_fault_in_a_save_leaves_the_old_file_and_nothing_else(file, stage, nth, status):
     gs.save(file, old=1)
     before = file.read_bytes()
@@ -201,34 +215,34 @@ def test_a_fault_in_a_save_leaves_the_old_file_and_nothing_else(file, stage, nth
         model = [on(i % 2, values(3 * LANE, i), cupy) for i in range(4)]
         model += [gs.Dense(cupy.asarray(rows), cupy.asarray(rows[:, 0].copy())), *model[:1]]
         cupy.machine.faults[stage] = nth, status
-        try:
-            gs.save(file, model=model)
-        except (gs.DeviceError, gs.DeviceMemoryError) as error:
-            assert "cuda" in str(error) or "pinned" in str(error)
+        sentence = failure_of(lambda: gs.save(file, model=model))
+        if sentence is None:
+            gs.load(file, verify=True)
+            due = cupy.machine.faults[stage][0] < 0
+            # no room for a turned copy; a last wait for what had been waited for
+            assert not due or (stage, status) in {("memory", 2), ("wait", 2)}
+        else:
+            assert "cuda" in sentence or "pinned" in sentence
             assert file.read_bytes() == before
-        else:  # fewer uses of this stage than that, or there was a way around
-            assert gs.verify(file)
-            assert cupy.machine.faults[stage][0] >= 0 or (stage, status) == ("memory", 2)
         assert [path.name for path in file.parent.iterdir()] == [file.name]
         clean(cupy, used=True)
 
 
-@pytest.mark.parametrize(("stage", "nth", "status"), faults())
+@pytest.mark.parametrize(("stage", "nth", "status"), FAULTS)
 def test_a_fault_in_a_load_releases_what_was_placed(file, stage, nth, status):
     model = {f"w{i}": values(3 * LANE, i) for i in range(4)} | {"small": values(99)}
     gs.save(file, model=model)
+    found = {}
     with fake_cuda(2) as cupy:
         cupy.machine.faults[stage] = nth, status
-        try:
-            found = gs.load(file, "model", device="cuda:1")
-        except (gs.DeviceError, gs.DeviceMemoryError) as error:
-            assert "cuda:1" in str(error) or "pinned" in str(error)
-            del error
-        else:
-            assert cupy.machine.faults[stage][0] >= 0
+        sentence = failure_of(lambda: found.update(gs.load(file, "model", device="cuda:1")))
+        if sentence is None:
+            assert cupy.machine.faults[stage][0] >= 0 or (stage, status) == ("wait", 2)
             for name, array in model.items():
                 np.testing.assert_array_equal(found[name].get(), array)
-            del found
+            found.clear()
+        else:
+            assert "cuda:1" in sentence or "pinned" in sentence
         clean(cupy)
 
 
@@ -254,23 +268,19 @@ def test_a_full_disk_while_lanes_write_leaves_the_old_file(file, nth, monkeypatc
 
 
 @pytest.mark.parametrize("job", ["save", "load"])
-@pytest.mark.parametrize("after", range(3))
-def test_ctrl_c_stops_the_lanes(file, job, after):
+def test_ctrl_c_stops_the_lanes(file, job):
     with fake_cuda(2) as cupy:
         model = [cupy.asarray(values(9 * LANE, i)) for i in range(3)]
         gs.save(file, model, on_gpu="tag")
-        before, told = file.read_bytes(), []
+        before = file.read_bytes()
 
         def interrupted(done: int, total: int) -> None:
-            told.append(done)
-            if len(told) > after:
-                raise KeyboardInterrupt
+            raise KeyboardInterrupt  # as it arrives in the thread that waits for the lanes
 
+        job = partial(gs.save, file, model) if job == "save" else partial(gs.load, file)
         with pytest.raises(KeyboardInterrupt):
-            if job == "save":
-                gs.save(file, model, progress=interrupted)
-            else:
-                gs.load(file, progress=interrupted)
+            job(progress=interrupted)
+        del job
         del model
         clean(cupy)
     assert file.read_bytes() == before
