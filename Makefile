@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long test-10k test-matrix test-gpu bench lint package clean
+.PHONY: demo test test-long test-10k test-matrix test-gpu bench bench-gpu lint package clean
 
 demo: $(READY)
 	$(BIN)/python docs/demo.py
@@ -34,6 +34,10 @@ bench: $(READY)
 	$(BIN)/python bench/import_time.py
 	$(BIN)/python bench/cpu.py
 	$(BIN)/python bench/convolution.py
+
+# on a machine with a GPU, by the python at hand; rivals that are missing are left out
+bench-gpu:
+	$(PYTHON) bench/gpu.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
