@@ -39,7 +39,8 @@ class Payload:
 
     A bare one is neither aligned nor given a digest: it counts as part of the structure, or that
     of it does which is `hashed`. `content` is the C-contiguous host array of a small one,
-    `device_array` the array of CuPy whose row-major bytes they are, where there is one.
+    `device_array` the array of CuPy whose row-major bytes they are, where there is one; then they
+    may be hashed, and written, before their turn comes.
     """
 
     nbytes: int
@@ -48,6 +49,8 @@ class Payload:
     content: Any = None
     hashed: Any = None
     device_array: Any = None
+    digest: bytes | None = None
+    is_written: bool = False
 
     def chunks(self) -> Iterable[Any]:
         if self.make_chunks is None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import devices, staging
+from gpustore import devices, kernels, staging
 from gpustore.digest import hasher
 from gpustore.errors import DeviceMemoryError
 from gpustore.layout import Payload
@@ -36,10 +36,10 @@ Report = Callable[[int], None]
 class _Whole:
     """What the pieces of one array have in common; hashed in order, whichever lane brings them."""
 
-    index: int
+    payload: Payload
     octets: Any
     offset: int
-    hasher: Any
+    hasher: Any = field(default_factory=hasher)
     hashed: int = 0
 
 
@@ -48,33 +48,33 @@ def write_device_arrays(
     payloads: list[Payload],
     offsets: list[int],
     report: Report,
-) -> dict[int, bytes]:
-    """Write the payloads that are large arrays of devices at their offsets; return their digests.
+) -> None:
+    """Write the payloads that are large arrays of devices at their offsets, and mark them so.
 
-    The digests are by index of payload. Small ones are arranged to be fetched in groups when their
-    chunks are asked for; those for whose row-major copy the device has no room are left too.
+    Small ones are arranged to be fetched in groups when their chunks are asked for; those for whose
+    row-major copy the device has no room are left too. Where the device can, it hashes them all.
     """
     _arrange_groups(payloads)
-    large = [i for i, payload in enumerate(payloads) if _is_large(payload)]
+    _hash_on_devices(payloads)
+    large = [pair for pair in zip(payloads, offsets, strict=True) if _is_large(pair[0])]
     if not large:
-        return {}
-    digests: dict[int, bytes] = {}
+        return
     ring = _Ring()
 
     def move(lane: staging.Lane, piece: tuple[_Whole, int, int]) -> int:
         whole, start, nbytes = piece
         host = lane.to_host(whole.octets, start, nbytes)
         write_at(host, whole.offset + start)
-        with ring.turn(lambda: whole.hashed == start):
-            whole.hasher.update(host)
-            whole.hashed += nbytes
-            if whole.hashed == whole.octets.size:
-                digests[whole.index] = whole.hasher.digest()
+        if whole.payload.digest is None:
+            with ring.turn(lambda: whole.hashed == start):
+                whole.hasher.update(host)
+                whole.hashed += nbytes
+                if whole.hashed == whole.octets.size:
+                    whole.payload.digest = whole.hasher.digest()
         return nbytes
 
-    starts = staging.origins({devices.array_device(payloads[i].device_array) for i in large})
-    ring.run(_pieces_to_write(large, payloads, offsets, starts), move, starts, report)
-    return digests
+    starts = staging.origins({_device(payload) for payload, _ in large})
+    ring.run(_pieces_to_write(large, starts), move, starts, report)
 
 
 def _is_large(payload: Payload) -> bool:
@@ -86,16 +86,36 @@ def _is_large(payload: Payload) -> bool:
     )
 
 
+def _device(payload: Payload) -> str:
+    return devices.array_device(payload.device_array)
+
+
+def _hash_on_devices(payloads: list[Payload]) -> None:
+    """Give the payloads that lie row-major on a device their digests, all of one at once."""
+    there: dict[str, list[Payload]] = {}
+    for payload in payloads:
+        array = payload.device_array
+        if array is not None and not payload.is_bare and array.flags.c_contiguous:
+            there.setdefault(_device(payload), []).append(payload)
+    for members in there.values():
+        found = kernels.digests([payload.device_array for payload in members])
+        for payload, digest in zip(members, found or (), strict=False):
+            payload.digest = digest
+
+
 def _pieces_to_write(
-    large: list[int], payloads: list[Payload], offsets: list[int], starts: staging.Origins
+    large: list[tuple[Payload, int]], starts: staging.Origins
 ) -> Iterator[tuple[_Whole, int, int]]:
-    for index in large:
-        array = payloads[index].device_array
+    for payload, offset in large:
         try:
-            octets = staging.flat_octets(array, starts[devices.array_device(array)])
+            octets = kernels.flat_octets(payload.device_array, starts[_device(payload)])
         except DeviceMemoryError:  # for a row-major copy; the host has it chunk by chunk
             continue
-        whole = _Whole(index, octets, offsets[index], hasher())
+        if payload.digest is None:
+            found = kernels.digests([octets])
+            payload.digest = found[0] if found else None
+        payload.is_written = True  # if not, the whole file is not
+        whole = _Whole(payload, octets, offset)
         for start in range(0, octets.size, staging.LANE_NBYTES):
             yield whole, start, min(staging.LANE_NBYTES, octets.size - start)
 
@@ -106,19 +126,20 @@ class _Group:
     def __init__(self) -> None:
         self.payloads: list[Payload] = []
         self.nbytes = 0
-        self._host: Any = None
+        self._chunks: list[Any] = []
 
     def add(self, payload: Payload) -> None:
-        start, self.nbytes = self.nbytes, self.nbytes + payload.nbytes
-        payload.make_chunks = lambda: self._chunk(start, payload)
+        index = len(self.payloads)
+        self.nbytes += payload.nbytes
+        payload.make_chunks = lambda: self._fetch(index)
         self.payloads.append(payload)
 
-    def _chunk(self, start: int, payload: Payload) -> Iterable[Any]:
-        if self._host is None:
-            self._host = staging.gathered([member.device_array for member in self.payloads])
-        chunk = self._host[start : start + payload.nbytes]
-        if payload is self.payloads[-1]:
-            self._host = None
+    def _fetch(self, index: int) -> Iterable[Any]:
+        if not self._chunks:
+            self._chunks = kernels.gathered([member.device_array for member in self.payloads])
+        chunk = self._chunks[index]
+        if index == len(self._chunks) - 1:
+            self._chunks = []
         return (chunk,)
 
 
@@ -127,7 +148,7 @@ def _arrange_groups(payloads: list[Payload]) -> None:
     for payload in payloads:
         if payload.device_array is None or payload.nbytes >= GROUP_NBYTES:
             continue
-        device = devices.array_device(payload.device_array)
+        device = _device(payload)
         group = open_groups.get(device)
         if group is None or group.nbytes + payload.nbytes > staging.LANE_NBYTES:
             group = open_groups[device] = _Group()

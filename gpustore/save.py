@@ -197,22 +197,22 @@ def write_plan(
         _hashing_thread() if is_large else contextlib.nullcontext() as beside,
     ):
         out = _Output(file, plan.nbytes, progress)
-        digests = _write_device_arrays(file, out, plan)
+        _write_device_arrays(file, out, plan)
         write = _write_detached if plan.places else _write_inline
-        write(file, out, plan, beside, digests)
+        write(file, out, plan, beside)
 
 
-def _write_device_arrays(file: storage.NewFile, out: _Output, plan: Plan) -> dict[int, bytes]:
-    """Write large arrays of devices before all else, at their places; return their digests."""
+def _write_device_arrays(file: storage.NewFile, out: _Output, plan: Plan) -> None:
+    """Write large arrays of devices before all else, at their places."""
     if all(payload.device_array is None for payload in plan.payloads):
-        return {}
+        return
     offsets = [place.offset for place in plan.places]
     if not offsets:
         position = 0
         for structure, payload in zip(plan.structures, plan.payloads, strict=False):
             offsets.append(position + len(structure))
             position = offsets[-1] + payload.nbytes
-    return ring.write_device_arrays(file.write_at, plan.payloads, offsets, out.report)
+    ring.write_device_arrays(file.write_at, plan.payloads, offsets, out.report)
 
 
 @contextlib.contextmanager
@@ -239,30 +239,35 @@ def _stream(payload: Payload, out: _Output, beside: ThreadPoolExecutor | None, i
             hashing.result()
 
 
+def _stream_hashed(payload: Payload, out: _Output, beside: ThreadPoolExecutor | None) -> bytes:
+    """Write the chunks of a payload, as far as it has not been done; return its digest."""
+    if payload.is_written:
+        out.skip(payload.nbytes)
+    elif payload.digest is not None:
+        _stream(payload, out, beside, None)
+    if payload.digest is not None:
+        return payload.digest
+    # one thread where another one writes, else as many as pay
+    own = hasher(payload.nbytes, threads=None if beside is None else 1)
+    _stream(payload, out, beside, own)
+    return own.digest()
+
+
 def _write_inline(
-    file: storage.NewFile,
-    out: _Output,
-    plan: Plan,
-    beside: ThreadPoolExecutor | None,
-    digests: dict[int, bytes],
+    file: storage.NewFile, out: _Output, plan: Plan, beside: ThreadPoolExecutor | None
 ) -> None:
     """Write structures and payloads in turn; the digest of a payload follows it."""
     whole = hasher()
     for index, payload in enumerate(plan.payloads):
         whole.update(plan.structures[index])
         out.write(plan.structures[index])
-        if index in digests:
-            out.skip(payload.nbytes)
-            plan.structures[index + 1][PAYLOAD_DIGEST] = digests[index]
-        elif payload.hashed is not None:  # a row: the digests are in it
+        if payload.hashed is not None:  # a row: the digests are in it
             whole.update(payload.hashed)
             _stream(payload, out, None, None)
         elif payload.is_bare:
             _stream(payload, out, beside, whole)
         else:
-            own = _payload_hasher(payload, beside)
-            _stream(payload, out, beside, own)
-            plan.structures[index + 1][PAYLOAD_DIGEST] = own.digest()
+            plan.structures[index + 1][PAYLOAD_DIGEST] = _stream_hashed(payload, out, beside)
     last = plan.structures[-1]
     whole.update(last[: STRUCTURE_DIGEST.start])
     whole.update(last[STRUCTURE_DIGEST.stop :])
@@ -271,35 +276,21 @@ def _write_inline(
     out.flush()
 
 
-def _payload_hasher(payload: Payload, beside: ThreadPoolExecutor | None) -> Any:
-    """Return a hasher of one thread where another one writes, else of as many as pay."""
-    return hasher(payload.nbytes, threads=None if beside is None else 1)
-
-
 def _write_detached(
-    file: storage.NewFile,
-    out: _Output,
-    plan: Plan,
-    beside: ThreadPoolExecutor | None,
-    digests: dict[int, bytes],
+    file: storage.NewFile, out: _Output, plan: Plan, beside: ThreadPoolExecutor | None
 ) -> None:
     """Stream the payloads to their places, then the document, which holds their digests."""
     (structure,) = plan.structures
     position, gaps = len(structure), []
     file.seek(position)
-    for index, (payload, place) in enumerate(zip(plan.payloads, plan.places, strict=True)):
+    for payload, place in zip(plan.payloads, plan.places, strict=True):
         gaps.append(bytes(place.offset - position))
         out.write(gaps[-1])
-        if place.digest is not None and index in digests:
-            out.skip(payload.nbytes)
-            structure[place.digest] = digests[index]
-        elif place.digest is None:  # a row: the digests are in the document
+        if place.digest is None:  # a row: the digests are in the document
             _stream(payload, out, None, None)
             gaps.append(payload.hashed)
         else:
-            own = _payload_hasher(payload, beside)
-            _stream(payload, out, beside, own)
-            structure[place.digest] = own.digest()
+            structure[place.digest] = _stream_hashed(payload, out, beside)
         position = place.offset + payload.nbytes
     out.flush()
     whole = hasher()

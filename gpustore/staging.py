@@ -72,31 +72,6 @@ def has_dtype(dtype: np.dtype[Any]) -> bool:
     return dtype.isnative
 
 
-def flat_octets(array: Any, start: Any) -> Any:
-    """Return the bytes of a CuPy array in row-major order: a view, or where it must be a copy.
-
-    A copy is made after the event `start`, and complete when this returns.
-    """
-    device = devices.array_device(array)
-    if not array.flags.c_contiguous:
-        with explained(device, array.nbytes), devices.cuda_device(device):
-            cupy = devices.load_cupy()
-            stream = cupy.cuda.get_current_stream()
-            stream.wait_event(start)
-            array = cupy.ascontiguousarray(array)
-            stream.synchronize()
-    return array.reshape(-1).view(np.uint8)
-
-
-def gathered(arrays: list[Any]) -> Any:
-    """Return the row-major bytes of CuPy arrays of one device, end to end, in host memory."""
-    device = devices.array_device(arrays[0])
-    with explained(device, sum(array.nbytes for array in arrays)), devices.cuda_device(device):
-        cupy = devices.load_cupy()
-        parts = [cupy.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays]
-        return cupy.concatenate(parts).get()
-
-
 def empty_octets(nbytes: int, device: str) -> Any:
     """Return uninitialised memory of a device, as a flat array of uint8.
 

@@ -18,6 +18,7 @@ ORDER = [
     "devices",
     "staging",
     "digest",
+    "kernels",
     "layout",
     "rows",
     "encoder",

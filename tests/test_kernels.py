@@ -1,0 +1,175 @@
+"""The CUDA kernels: their arithmetic on the host, and that they compile for real architectures."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from blake3 import blake3
+from host import KERNELS, HostModule, kernel_names
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gpustore as gs
+from gpustore import kernels, ring, staging
+from gpustore.fake_cuda import fake_cuda
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+# the lengths of the official test vectors, and both sides of each edge of this tree
+VECTORS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025, 2048, 2049, 3072,
+           3073, 4096, 4097, 5120, 5121, 6144, 6145, 7168, 7169, 8192, 8193, 16384, 31744, 102400,
+           256 * 1024, 256 * 1024 + 1, 257 * 1024, 511 * 1024, 513 * 1024 - 1]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where compiled kernels are kept for the session."""
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def cupy(built: Path) -> Iterator[Any]:
+    """Yield the fake CuPy with the kernels: 2 devices; `modules` lists what was compiled."""
+    with fake_cuda(2) as fake:
+        yield with_kernels(fake, built)
+
+
+def with_kernels(fake: Any, built: Path) -> Any:
+    fake.modules = []
+
+    def compiled(code: str, options: tuple[str, ...]) -> HostModule:
+        fake.modules.append(HostModule(built, fake.machine, code))
+        return fake.modules[-1]
+
+    fake.RawModule = compiled
+    return fake
+
+
+def octets(nbytes: int, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, nbytes, np.uint8)
+
+
+def launches(cupy: Any) -> list[str]:
+    return [name for module in cupy.modules for name in module.launches]
+
+
+def expected(arrays: list[Any]) -> list[bytes]:
+    return [blake3(array.tobytes()).digest() for array in arrays]
+
+
+def test_every_kernel_has_a_name_that_the_host_knows():
+    names = {file.stem: kernel_names(file.read_text()) for file in KERNELS.glob("*.cu")}
+    assert names == {
+        "blake3": ["blake3_chunks", "blake3_parents"],
+        "pack": ["copy_arrays", "turn_1", "turn_2", "turn_4", "turn_8", "turn_16"],
+    }
+
+
+def test_digests_at_the_lengths_of_the_test_vectors_in_one_batch(cupy):
+    pattern = np.arange(max(VECTORS)) % 251  # the content that the vectors are made of
+    arrays = [pattern[:nbytes].astype(np.uint8) for nbytes in VECTORS]
+    assert kernels.digests([cupy.asarray(array) for array in arrays]) == expected(arrays)
+    assert launches(cupy) == ["blake3_chunks", "blake3_parents", "blake3_parents"]
+    assert kernels.digests([]) == []
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 5000), st.sampled_from([0, 1, 4])), min_size=1))
+def test_digests_of_any_batch_at_any_alignment(built, described):
+    with fake_cuda(1) as fake:
+        cupy, arrays = with_kernels(fake, built), []
+        for seed, (nbytes, shift) in enumerate(described):
+            arrays.append(cupy.asarray(octets(nbytes + shift, seed))[shift:])
+        assert kernels.digests(arrays) == expected([array.get() for array in arrays])
+
+
+@pytest.mark.parametrize("nbytes", [4 * 2**20, 65536 * 1024 + 1])
+def test_digests_of_trees_of_three_and_four_levels(cupy, nbytes):
+    array = np.zeros(nbytes, np.uint8)
+    array[:: 2**16] = octets(len(array[:: 2**16]))
+    assert kernels.digests([cupy.asarray(array)]) == expected([array])
+
+
+def test_digests_wait_for_the_current_stream(cupy):
+    array = cupy.asarray(np.zeros(100, np.uint8))
+    stream = cupy.cuda.Stream()
+    with stream:
+        stream.launch(lambda: array._host.fill(7))
+        assert kernels.digests([array]) == expected([np.full(100, 7, np.uint8)])
+
+
+SHAPES = [(1, 1), (1, 100), (100, 1), (31, 33), (32, 32), (64, 96), (33, 65)]
+
+
+@pytest.mark.parametrize("dtype", ["u1", "f2", "f4", "f8", "c16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matrices_are_turned(cupy, shape, dtype):
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    matrix = np.asfortranarray((octets(nbytes) % 100).view("u1").view(dtype).reshape(shape))
+    (start,) = staging.origins({"cuda:0"}).values()
+    found = kernels.flat_octets(cupy.asarray(matrix), start)
+    assert found.get().tobytes() == matrix.tobytes("C")
+    turned = 0 if matrix.flags.c_contiguous else 1
+    assert launches(cupy) == [f"turn_{matrix.itemsize}"] * turned
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(1, 40_000), st.sampled_from([0, 1, 8])), min_size=1))
+def test_arrays_are_gathered_in_one_launch(built, described):
+    with fake_cuda(1) as fake:
+        cupy, arrays = with_kernels(fake, built), []
+        for seed, (nbytes, shift) in enumerate(described):
+            arrays.append(cupy.asarray(octets(nbytes + shift, seed))[shift:])
+        found = kernels.gathered(arrays)
+        assert launches(cupy) == ["copy_arrays"]
+        for one, array in zip(found, arrays, strict=True):
+            np.testing.assert_array_equal(one, array.get())
+
+
+def test_a_kernel_that_cannot_be_compiled_is_said_and_done_without(tmp_path, caplog):
+    def failing(code: str, options: tuple[str, ...]) -> Any:
+        raise RuntimeError("libnvrtc.so.12 not found")
+
+    with fake_cuda(1) as cupy:
+        cupy.RawModule = failing
+        model = [cupy.asarray(octets(500_000)), cupy.asarray(octets(100))]
+        gs.save(tmp_path / "model.bson", model)
+        assert caplog.text.count("libnvrtc.so.12 not found") == 2  # once for each source
+    loaded = gs.load(tmp_path / "model.bson", verify=True)
+    np.testing.assert_array_equal(loaded[0], octets(500_000))
+
+
+# --- in saving and loading --------------------------------------------------------------------
+
+GROUP, LANE = 4096, 64 * 1024
+
+
+@pytest.fixture
+def small_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "LANE_NBYTES", LANE)
+    monkeypatch.setattr(ring, "GROUP_NBYTES", GROUP)
+
+
+def model_on(cupy: Any) -> dict[str, Any]:
+    weight = octets(4 * 200 * 300).view("f4").reshape(200, 300)
+    arrays = {f"a{n}": cupy.asarray(octets(n, n)) for n in (1, 100, GROUP, LANE + 1, 3 * LANE)}
+    layer = gs.Dense(cupy.asarray(weight), cupy.asarray(weight[:, 0].copy()))
+    return arrays | {"layer": layer, "host": octets(9 * GROUP)}
+
+
+@pytest.mark.parametrize("layout", ["inline", "detached"])
+def test_a_save_with_digests_of_the_device_is_that_of_the_host(
+    tmp_path, cupy, small_lanes, layout, monkeypatch
+):
+    model = model_on(cupy)
+    gs.save(tmp_path / "device.bson", model, layout=layout)
+    assert {"blake3_chunks", "copy_arrays", "turn_4"} <= set(launches(cupy))
+    monkeypatch.setenv("GPUSTORE_RING_MIB", "0")
+    gs.save(tmp_path / "host.bson", model, layout=layout)
+    assert (tmp_path / "device.bson").read_bytes() == (tmp_path / "host.bson").read_bytes()
+    assert cupy.machine.violations == []
