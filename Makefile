@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long test-10k test-matrix test-gpu bench bench-gpu lint package clean
+.PHONY: demo test test-long test-10k test-matrix test-kernels test-gpu bench bench-gpu lint package clean
 
 demo: $(READY)
 	$(BIN)/python docs/demo.py
@@ -23,6 +23,10 @@ test-10k: $(READY)
 
 test-matrix:
 	PYTHON=$(PYTHON) .ci/matrix
+
+# the kernels compiled for real architectures; their arithmetic is run on the host by `make test`
+test-kernels:
+	PYTHON=$(PYTHON) .ci/kernels
 
 # the whole suite with real CuPy arrays in the role of the device, by the python at hand
 test-gpu:

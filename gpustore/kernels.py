@@ -1,7 +1,7 @@
 """What is done to arrays within a device: digests, gathering, turning to row-major order.
 
-The CUDA sources are in `kernels/` (in an installed package `cuda/`); CuPy compiles them with NVRTC on
-first use and keeps them. Where it cannot, the host hashes, and CuPy's own copies move arrays.
+The CUDA sources are in `kernels/` (in an installed package `cuda/`); CuPy compiles them with NVRTC
+on first use and keeps them. Where it cannot, the host hashes, and CuPy's own copies move arrays.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def _addresses(arrays: list[Any]) -> NDArray[np.uint64]:
 
 
 def _ceil_div(sizes: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
-    return (sizes + np.uint64(size - 1)) // np.uint64(size)
+    counts: NDArray[np.uint64] = (sizes + np.uint64(size - 1)) // np.uint64(size)
+    return counts
 
 
 def _empty(words: int) -> Any:

@@ -14,9 +14,10 @@ import numpy as np
 
 HEADER = Path(__file__).parent / "cuda.h"
 KERNELS = Path(__file__).parents[2] / "kernels"
-FLAGS = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
-         "-Wno-sign-compare", "-Wno-unused-function", "-Wno-maybe-uninitialized", "-Wno-clobbered", "-Werror",
-         "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]  # fmt: skip
+FLAGS = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+FLAGS += ["-Wno-unknown-pragmas", "-Wno-sign-compare", "-Wno-unused-function"]
+FLAGS += ["-Wno-maybe-uninitialized", "-Wno-clobbered"]
+FLAGS += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
 
 
 def kernel_names(code: str) -> list[str]:
