@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gpustore import devices, document, foreign, notebook, ring, transfer, tree
+from gpustore import devices, document, foreign, notebook, tree
 from gpustore.document import FORMAT_VERSION, Slot
 from gpustore.errors import (
-    CUDAUnavailableError,
     DeviceDataLostError,
     EntryNotFoundError,
     FormatError,
@@ -24,11 +23,10 @@ from gpustore.errors import (
 )
 from gpustore.julia import ArraySpec, LostArray
 from gpustore.lift import RESERVED, TAGS, Lifter
+from gpustore.placement import Check, DeviceChoice, Placement, chooser, host_array
 from gpustore.save import paused_collector, save_document
 from gpustore.storage import MappedFile
-from gpustore.verify import Progress, Verification, verify_file
-
-DeviceChoice = str | Mapping[str, str] | Callable[[str], str | None] | None
+from gpustore.verify import Digests, Progress, Report, Verification, counted, verify_file
 
 
 def load(
@@ -47,9 +45,10 @@ def load(
     `device`: None puts each array where its tag says (the CPU without one); "cpu", "cuda" or
     "cuda:1" puts all there; a mapping or a callable gives the device for each tag. On the CPU,
     arrays of 64 KiB and more are writable copy-on-write views of the mapped file (`mmap=False`: of
-    a private copy). `verify` checks every digest in the file. `lost`: "error", or "placeholder" for
-    a LostArray where Julia saved a GPU pointer. `functions` are Python functions for those of Julia
-    that the file calls by name: {"Main.normalise": f}. `progress(done, total)` counts bytes.
+    a private copy). `verify` checks every digest: in device memory of what is placed there, in the
+    file of the rest. `lost`: "error", or "placeholder" for a LostArray where Julia saved a GPU
+    pointer. `functions` are Python functions for those of Julia that the file calls by name:
+    {"Main.normalise": f}. `progress(done, total)` counts bytes.
 
     Raises FormatError or TruncatedFileError for what is no such file, EntryNotFoundError,
     CUDAUnavailableError (before anything large is read), DeviceDataLostError, IntegrityError.
@@ -63,17 +62,22 @@ def load(
     """
     if lost not in ("error", "placeholder"):
         raise UnsupportedValueError(f"lost: expected 'error' or 'placeholder', found {lost!r}")
-    choose = _chooser(device)
+    choose = chooser(device)
     with paused_collector():
         file, content = _open(path, mmap=mmap, slot_nbytes=document.SLOT_NBYTES)
-        if verify:
-            _raise_on_damage(file, progress)
-        arrays = _Arrays(file, functions)
+        report = counted(progress, file.nbytes)
+        check = _checker(file, report) if verify else None
+        arrays = Placement(file, functions, choose, is_verified=verify)
         lifter = arrays.lifter(content)
-        root = _entries(lifter, content, names, file.path)
+        try:
+            root = _entries(lifter, content, names, file.path)
+        except FormatError:
+            if check is not None:
+                check(())
+            raise
     if lost == "error" and lifter.has_lost:
         _refuse_lost(root, names, file.path)
-    root = arrays.placed(root, choose, None if verify else progress)
+    root = arrays.placed(root, report, check)
     if progress is not None:
         progress(file.nbytes, file.nbytes)
     if len(names) == 1:
@@ -139,13 +143,21 @@ def _refuse_lost(root: Any, names: tuple[str, ...], path: str) -> None:
         )
 
 
-def _raise_on_damage(file: MappedFile, progress: Progress | None) -> None:
-    found = verify_file(file, progress, lambda offset: _path_at(file, offset))
-    if not found:
-        raise IntegrityError(
-            f"{file.path}: the digest differs for {', '.join(found.damaged[:20])}; the file was "
-            "damaged or changed after it was saved: restore it from a copy"
-        )
+def _checker(file: MappedFile, report: Report) -> Check:
+    """Return what raises IntegrityError for a damaged file; at once where its structure is."""
+    digests = Digests(file)
+
+    def check(checked: Container[int]) -> None:
+        damaged = digests.damaged(lambda offset: _path_at(file, offset), report, checked)
+        if damaged:
+            raise IntegrityError(
+                f"{file.path}: the digest differs for {', '.join(damaged[:20])}; the file was "
+                "damaged or changed after it was saved: restore it from a copy"
+            )
+
+    if not digests.is_structure_whole:
+        check(())
+    return check
 
 
 def _path_at(file: MappedFile, offset: int) -> str:
@@ -156,114 +168,6 @@ def _path_at(file: MappedFile, offset: int) -> str:
             if entry.offset == offset:
                 return entry.path
     return f"the array at byte {offset}"
-
-
-# --- arrays -----------------------------------------------------------------------------------
-
-
-class _Arrays:
-    """Makes the host arrays of a file while it is lifted, and remembers their device tags."""
-
-    def __init__(
-        self, file: MappedFile, functions: Mapping[str, Callable[..., Any]] | None = None
-    ) -> None:
-        self.file, self.functions = file, functions
-        self.counts: Counter[str] = Counter()  # arrays of each tag, "cpu" for those without
-        self.tags: dict[int, str] = {}  # id of a tagged array -> its tag
-        self.kept: list[Any] = []  # keeps those arrays alive, as their ids are used
-
-    def lifter(self, content: dict[str, Any]) -> Lifter:
-        make_row = self.make_row
-        return Lifter(content, self.make, self.read, self.file.path, self.functions, make_row)
-
-    def read(self, slot: Slot) -> bytes:
-        return bytes(self.file.buffer[slot.offset : slot.offset + slot.nbytes])
-
-    def make(self, spec: ArraySpec, path: str) -> Any:
-        array = host_array(self.file, spec, path)
-        self.counts[spec.device] += 1
-        if spec.device != "cpu":
-            self.tags[id(array)] = spec.device
-            self.kept.append(array)
-        return array
-
-    def make_row(self, spec: ArraySpec, payloads: list[Any]) -> list[Any] | None:
-        """Return arrays that differ in their bytes only, or None where it is not for this way."""
-        if not spec.shape or spec.device != "cpu":
-            return None
-        row: list[Any] | None = transfer.host_row(
-            self.file.buffer, payloads, spec.dtype, spec.shape
-        )
-        self.counts["cpu"] += 0 if row is None else len(row)
-        return row
-
-    def placed(self, root: Any, choose: Callable[[str], str], progress: Progress | None) -> Any:
-        """Return the tree with each array on its device; nothing large was read so far."""
-        targets = {tag: choose(tag) for tag in self.counts}
-        if all(device == "cpu" for device in targets.values()):
-            return root
-        self.require(targets)
-        done = 0
-
-        def report(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            if progress is not None:
-                progress(done, self.file.nbytes)
-
-        found: dict[int, tuple[Any, str]] = {}
-        for _, leaf in tree.walk_entries(root):
-            if isinstance(leaf, np.ndarray) and tree.is_numeric(leaf):
-                device = targets[self.tags.get(id(leaf), "cpu")]
-                if device != "cpu":
-                    found[id(leaf)] = leaf, device
-        with self.file.reader() as read:
-            moved = dict(zip(found, ring.to_devices([*found.values()], read, report), strict=True))
-        return tree.rebuild(root, lambda node: moved.get(id(node), node))
-
-    def require(self, targets: dict[str, str]) -> None:
-        """Raise CUDAUnavailableError where a device that arrays go to cannot be used."""
-        for device in sorted(set(targets.values()) - {"cpu"}):
-            try:
-                devices.require_cuda(device)
-            except CUDAUnavailableError as error:
-                tagged = ", ".join(
-                    f"{n} arrays are tagged {tag}" for tag, n in self.counts.items() if tag != "cpu"
-                )
-                raise CUDAUnavailableError(
-                    f"{self.file.path}: {tagged or f'arrays are wanted on {device}'}, but {error}. "
-                    "To load it here, pass device='cpu'; to make a file that loads everywhere, "
-                    "save cpu(model)",
-                    error.cause,
-                ) from error
-
-
-def host_array(file: MappedFile, spec: ArraySpec, path: str) -> Any:
-    """Return the array a spec describes: a view of the mapped file, or of a copy of a small one."""
-    payload = spec.payload
-    try:
-        if isinstance(payload, Slot):
-            return transfer.host_view(
-                file.buffer, payload.offset, spec.dtype, spec.shape, spec.order
-            )
-        return transfer.host_view(bytearray(payload), 0, spec.dtype, spec.shape, spec.order)
-    except ValueError as error:  # sizes that NumPy cannot hold
-        raise FormatError(f"{file.path}: {path}: shape {spec.shape}: {error}") from error
-
-
-def _chooser(device: DeviceChoice) -> Callable[[str], str]:
-    """Return the function from a tag to the device its arrays go to."""
-    if device is None:
-        return devices.parse_device
-    if isinstance(device, str):
-        fixed = devices.parse_device(device)
-        return lambda tag: fixed
-    choose = device.get if isinstance(device, Mapping) else device
-    if not callable(choose):
-        raise UnsupportedValueError(
-            f"device: expected None, a device, a mapping or a callable, found {device!r}"
-        )
-    return lambda tag: devices.parse_device(choose(tag) or tag)
 
 
 # --- lazy reading -----------------------------------------------------------------------------
@@ -296,7 +200,7 @@ def _list_arrays(file: MappedFile, content: dict[str, Any]) -> list[ArrayEntry]:
         )
         return entries[-1]
 
-    _entries(Lifter(content, note, _Arrays(file).read, file.path), content, (), file.path)
+    _entries(Lifter(content, note, Placement(file).read, file.path), content, (), file.path)
     return entries
 
 
@@ -334,12 +238,12 @@ class StoredFile(Mapping[str, Any]):
 
     def value(self, *, make_array: Callable[[ArraySpec, str], Any] | None = None) -> Any:
         """Return the whole value; `make_array(spec, path)` may put something in each place."""
-        arrays = _Arrays(self._file)
+        arrays = Placement(self._file)
         lifter = Lifter(self._content, make_array or arrays.make, arrays.read, self.path)
         return _entries(lifter, self._content, (), self.path)
 
     def __getitem__(self, name: str) -> Any:
-        lifter = _Arrays(self._file).lifter(self._content)
+        lifter = Placement(self._file).lifter(self._content)
         return _entries(lifter, self._content, (name,), self.path)[name]
 
     def __iter__(self) -> Iterator[str]:

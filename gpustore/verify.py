@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from gpustore.document import Slot
 from gpustore.storage import MappedFile
 
 Progress = Callable[[int, int], None]
+Report = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,59 @@ class Verification:
         return not self.damaged
 
 
+class Digests:
+    """The digests that a file holds, and the bytes that each was made of.
+
+    A file that Julia wrote has none.
+    """
+
+    def __init__(self, file: MappedFile) -> None:
+        content = document.scan(file.buffer, name=file.path, slot_nbytes=0)
+        self._view = memoryview(file.buffer)
+        self.payloads: list[tuple[Slot, Slot]] = []  # of each array: its data and their digest
+        for node in document.walk(content):
+            data, digest = node.get("data"), node.get("blake3")
+            if node.get("tag") == "array" and isinstance(data, Slot) and isinstance(digest, Slot):
+                self.payloads.append((data, digest))
+        stamp = content.get("_gpustore", {})
+        digest = stamp.get("blake3") if isinstance(stamp, dict) else None
+        self.has_structure_digest = isinstance(digest, Slot)
+        if isinstance(digest, Slot):
+            self.is_structure_whole = self._is_whole(digest)
+        else:  # its own digest may be gone: a file of ours has one
+            self.is_structure_whole = not (self.payloads or any(map(_is_stamp, content.values())))
+
+    def _is_whole(self, digest: Slot) -> bool:
+        """Whether it is that of all bytes outside payloads and outside the digest itself."""
+        whole, position = hasher(), 0
+        for slot in sorted(
+            [*(data for data, _ in self.payloads), digest], key=lambda slot: slot.offset
+        ):
+            whole.update(self._view[position : slot.offset])
+            position = slot.offset + slot.nbytes
+        whole.update(self._view[position:])
+        return bool(whole.digest() == self._bytes(digest))
+
+    def damaged(
+        self, path_at: Callable[[int], str], report: Report, checked: Container[int] = ()
+    ) -> tuple[str, ...]:
+        """Return the paths of arrays whose digest differs, and "structure" where the rest does.
+
+        `path_at(offset)` names the array whose payload begins there; arrays at offsets that are
+        `checked` are not read. `report` is told the size of each of the others.
+        """
+        found = []
+        for data, digest in self.payloads:
+            if data.offset not in checked:
+                if blake3_digest(self._bytes(data)) != self._bytes(digest):
+                    found.append(path_at(data.offset))
+                report(data.nbytes)
+        return (*found, *([] if self.is_structure_whole else ["structure"]))
+
+    def _bytes(self, slot: Slot) -> memoryview:
+        return self._view[slot.offset : slot.offset + slot.nbytes]
+
+
 def verify_file(
     file: MappedFile, progress: Progress | None, path_at: Callable[[int], str]
 ) -> Verification:
@@ -36,43 +90,24 @@ def verify_file(
     `damaged` holds the paths of arrays, and "structure" where the rest of the file differs. A
     file that Julia wrote has no digests: nothing is checked.
     """
-    content = document.scan(file.buffer, name=file.path, slot_nbytes=0)
-    payloads: list[tuple[Slot, Slot]] = []
-    for node in document.walk(content):
-        data, digest = node.get("data"), node.get("blake3")
-        if node.get("tag") == "array" and isinstance(data, Slot) and isinstance(digest, Slot):
-            payloads.append((data, digest))
-    damaged: list[str] = []
-    view = memoryview(file.buffer)
+    digests = Digests(file)
+    damaged = digests.damaged(path_at, counted(progress, file.nbytes))
+    return Verification(damaged, len(digests.payloads), digests.has_structure_digest)
+
+
+def counted(progress: Progress | None, total: int) -> Report:
+    """Return a function to be told numbers of bytes; `progress` hears their sum, up to `total`."""
     done = 0
-    for data, digest in payloads:
-        expected = bytes(view[digest.offset : digest.offset + digest.nbytes])
-        if blake3_digest(view[data.offset : data.offset + data.nbytes]) != expected:
-            damaged.append(path_at(data.offset))
-        done += data.nbytes
+
+    def report(nbytes: int) -> None:
+        nonlocal done
+        done = min(done + nbytes, total)
         if progress is not None:
-            progress(done, file.nbytes)
-    stamp = content.get("_gpustore", {})
-    digest = stamp.get("blake3") if isinstance(stamp, dict) else None
-    if not isinstance(digest, Slot):
-        if payloads or any(map(_is_stamp, content.values())):
-            damaged.append("structure")  # its own digest is gone: a file of ours has one
-    elif not _is_structure_whole(view, [data for data, _ in payloads], digest):
-        damaged.append("structure")
-    return Verification(tuple(damaged), len(payloads), isinstance(digest, Slot))
+            progress(done, total)
+
+    return report
 
 
 def _is_stamp(node: Any) -> bool:
     """Whether a top-level value is the `_gpustore` of a file whose key for it was damaged."""
     return isinstance(node, dict) and node.keys() >= {"version", "writer", "layout", "blake3"}
-
-
-def _is_structure_whole(view: memoryview, payloads: list[Slot], digest: Slot) -> bool:
-    """Whether the digest is that of all bytes outside payloads and outside the digest itself."""
-    whole, position = hasher(), 0
-    for slot in sorted([*payloads, digest], key=lambda slot: slot.offset):
-        whole.update(view[position : slot.offset])
-        position = slot.offset + slot.nbytes
-    whole.update(view[position:])
-    found: bytes = whole.digest()
-    return found == bytes(view[digest.offset : digest.offset + digest.nbytes])

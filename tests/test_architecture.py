@@ -59,6 +59,7 @@ ORDER = [
     "lower",
     "transfer",
     "ring",
+    "placement",
     "save",
     "verify",
     "load",

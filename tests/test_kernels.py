@@ -173,3 +173,85 @@ def test_a_save_with_digests_of_the_device_is_that_of_the_host(
     gs.save(tmp_path / "host.bson", model, layout=layout)
     assert (tmp_path / "device.bson").read_bytes() == (tmp_path / "host.bson").read_bytes()
     assert cupy.machine.violations == []
+
+
+# --- verified loading -------------------------------------------------------------------------
+
+NAMES = ["a1", "a100", f"a{GROUP}", f"a{LANE + 1}", f"a{3 * LANE}", "host", "extra"]
+PLACES = {name: f"cuda:{n % 2}" for n, name in enumerate([*NAMES, "m"]) if name != "host"}
+
+
+def saved_for_devices(path: Path, layout: str) -> dict[str, Any]:
+    """Save arrays of many sizes, tagged for two devices and untagged; return them."""
+    arrays = {name: octets(9 * GROUP if name in ("host", "extra") else int(name[1:]), 7)
+              for name in NAMES}  # fmt: skip
+    arrays["m"] = octets(4 * 200 * 300).view("f4").reshape(200, 300)
+    model = {name: gs.gpu(array, PLACES[name]) if name in PLACES else array
+             for name, array in arrays.items()}  # fmt: skip
+    gs.save(path, model, on_gpu="tag", layout=layout)
+    return arrays
+
+
+def damage(path: Path, name: str) -> None:
+    content = bytearray(path.read_bytes())
+    with gs.open_file(path) as stored:
+        offsets = {entry.path: entry.offset for entry in stored.arrays}
+    content[content.rindex(b"_gpustore") if name == "structure" else offsets[name]] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("device", [None, "cuda:1"])
+@pytest.mark.parametrize("layout", ["inline", "detached"])
+def test_a_verified_load_hashes_on_the_devices(tmp_path, cupy, small_lanes, layout, device):
+    arrays = saved_for_devices(tmp_path / "m.bson", layout)
+    cupy.modules[0].launches.clear()
+    told: list[tuple[int, int]] = []
+    found = gs.load(
+        tmp_path / "m.bson", device=device, verify=True, progress=lambda *at: told.append(at)
+    )
+    assert launches(cupy).count("blake3_chunks") == (2 if device is None else 1)
+    for name, array in arrays.items():
+        assert gs.device_of(found[name]) == (device or PLACES.get(name, "cpu"))
+        np.testing.assert_array_equal(gs.cpu(found[name]), array)
+    size = (tmp_path / "m.bson").stat().st_size
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1] == (size, size)
+    assert cupy.machine.violations == []
+
+
+@pytest.mark.parametrize("name", [*NAMES, "m", "structure"])
+@pytest.mark.parametrize("layout", ["inline", "detached"])
+def test_a_verified_load_names_what_is_damaged(tmp_path, cupy, small_lanes, layout, name):
+    path = tmp_path / "m.bson"
+    saved_for_devices(path, layout)
+    damage(path, name)
+    for device in (None, "cuda:0"):
+        with pytest.raises(gs.IntegrityError, match=f"differs for {name}; the file was damaged"):
+            gs.load(path, device=device, verify=True)
+    with pytest.raises(gs.IntegrityError, match=f"differs for {name}; "):
+        gs.load(path, "m", device="cuda:0", verify=True)  # the whole file, as on the CPU
+
+
+def test_what_goes_wrong_on_the_way_to_a_device_is_found(tmp_path, cupy, small_lanes, monkeypatch):
+    path = tmp_path / "m.bson"
+    saved_for_devices(path, "detached")
+    to_device = staging.Lane.to_device
+
+    def faulty(lane: Any, into: Any, start: int, nbytes: int) -> None:
+        lane.host[nbytes - 1] ^= 1  # of the last member of a group
+        to_device(lane, into, start, nbytes)
+
+    monkeypatch.setattr(staging.Lane, "to_device", faulty)
+    with pytest.raises(gs.IntegrityError, match=r"m on cuda:0, .* the file is whole") as caught:
+        gs.load(path, "m", device="cuda:0", verify=True)
+    assert caught.value is not None and cupy.machine.used_nbytes == [0, 0]
+
+
+def test_without_kernels_the_file_is_verified(tmp_path, small_lanes):
+    with fake_cuda(2):
+        path = tmp_path / "m.bson"
+        arrays = saved_for_devices(path, "inline")
+        np.testing.assert_array_equal(gs.cpu(gs.load(path, verify=True)["m"]), arrays["m"])
+        damage(path, "m")
+        with pytest.raises(gs.IntegrityError, match="differs for m; the file was damaged"):
+            gs.load(path, verify=True)
