@@ -1,4 +1,4 @@
-"""What is done to arrays within a device: digests, gathering, turning to row-major order.
+"""What is done to arrays within a device: digests, gathering, scattering, turning to row-major.
 
 The CUDA sources are in `kernels/` (in an installed package `cuda/`); CuPy compiles them with NVRTC
 on first use and keeps them. Where it cannot, the host hashes, and CuPy's own copies move arrays.
@@ -7,6 +7,7 @@ on first use and keeps them. Where it cannot, the host hashes, and CuPy's own co
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ _CHUNK_NBYTES, _CHUNK_THREADS = 1024, 128
 _TILE, _PARENT_THREADS = 256, 128
 _PIECE_NBYTES, _COPY_THREADS = 16384, 256
 _EDGE, _TURN_THREADS = 32, 256
-_ALIGNMENT = 16  # of arrays in a gathered slab: the widest access of a thread
+_ALIGNMENT = 16  # of arrays in a slab: the widest access of a thread
+_SMALL_NBYTES, _SLAB_NBYTES = 256 * 1024, 32 * 1024 * 1024  # what is scattered, at most at once
 
 _LOG = logging.getLogger("gpustore")
 
@@ -57,7 +59,7 @@ def _hashed(arrays: list[Any], chunks: Any, parents: Any) -> Any:
     levels = [counts]
     while levels[-1].max() > 1:
         levels.append(_ceil_div(levels[-1], _TILE))
-    firsts = [np.concatenate(([0], np.cumsum(level))) for level in levels]
+    firsts = [_firsts(level) for level in levels]
     rows = _uploaded([_addresses(arrays), nbytes, *firsts])
     count, total = np.uint32(len(arrays)), int(firsts[0][-1])
     nodes = _empty(8 * total)
@@ -82,16 +84,70 @@ def gathered(arrays: list[Any]) -> list[NDArray[np.uint8]]:
             starts = np.cumsum(nbytes) - nbytes
             host = devices.load_cupy().concatenate([_octets(row) for row in rows]).get()
         else:
-            room = _ceil_div(nbytes, _ALIGNMENT) * _ALIGNMENT
-            starts = np.cumsum(room) - room
-            slab = devices.load_cupy().empty(int(room.sum()), np.uint8)
-            pieces = np.concatenate(([0], np.cumsum(_ceil_div(nbytes, _PIECE_NBYTES))))
-            to = starts + np.uint64(slab.data.ptr)
-            table = _uploaded([_addresses(rows), to, nbytes, pieces])
-            grid = (int(pieces[-1]),)
-            copy(grid, (_COPY_THREADS,), (*table, np.uint32(len(rows))))
+            starts, total = _places(nbytes)
+            slab = devices.load_cupy().empty(total, np.uint8)
+            _copy(copy, _addresses(rows), starts + np.uint64(slab.data.ptr), nbytes)
             host = slab.get()
         return [host[int(a) : int(a + n)] for a, n in zip(starts, nbytes, strict=True)]
+
+
+def scatter(pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Copy small host arrays into CuPy arrays of their shape, many by one copy; return the rest.
+
+    The rest of the (target, source) pairs is as it was: targets elsewhere, large or not contiguous,
+    sources on a device, and all of them where there are no kernels. Values are cast.
+    """
+    rest: list[tuple[Any, Any]] = []
+    slabs: dict[str, list[tuple[Any, Any]]] = {}
+    for target, source in pairs:
+        if _is_for_slab(target) and isinstance(source, np.ndarray):
+            slabs.setdefault(devices.array_device(target), []).append((target, source))
+        else:
+            rest.append((target, source))
+    for device, members in slabs.items():
+        with staging.explained(device, _SLAB_NBYTES), devices.cuda_device(device):
+            copy = _kernel("pack", "copy_arrays")
+            if copy is None:
+                rest += members
+                continue
+            slab_at = np.cumsum([target.nbytes for target, _ in members]) // _SLAB_NBYTES
+            for _, group in itertools.groupby(zip(slab_at, members, strict=True), lambda m: m[0]):
+                _scatter(copy, [member for _, member in group])
+    return rest
+
+
+def _is_for_slab(target: Any) -> bool:
+    is_small = devices.is_cupy_array(target) and 0 < target.nbytes <= _SMALL_NBYTES
+    return is_small and bool(target.flags.forc)
+
+
+def _scatter(copy: Any, members: list[tuple[Any, Any]]) -> None:
+    nbytes = np.array([target.nbytes for target, _ in members], np.uint64)
+    starts, total = _places(nbytes)
+    host = np.empty(total, np.uint8)
+    for (target, source), start in zip(members, starts.tolist(), strict=True):
+        order = "C" if target.flags.c_contiguous else "F"
+        flat = host[start : start + target.nbytes].view(target.dtype)
+        flat.reshape(target.shape, order=order)[...] = source
+    slab = devices.load_cupy().asarray(host)
+    addresses = _addresses([target for target, _ in members])
+    _copy(copy, starts + np.uint64(slab.data.ptr), addresses, nbytes)
+    devices.load_cupy().cuda.get_current_stream().synchronize()  # while the slab is there
+
+
+def _places(nbytes: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], int]:
+    """Return where arrays of these sizes begin in a slab, and its size."""
+    room = _ceil_div(nbytes, _ALIGNMENT) * np.uint64(_ALIGNMENT)
+    ends = np.cumsum(room)
+    return ends - room, int(ends[-1])
+
+
+def _copy(copy: Any, sources: Any, targets: Any, nbytes: NDArray[np.uint64]) -> None:
+    """Copy `nbytes` from each source address to its target address in one launch."""
+    pieces = _firsts(_ceil_div(nbytes, _PIECE_NBYTES))
+    table = _uploaded([sources, targets, nbytes, pieces])
+    if pieces[-1]:
+        copy((int(pieces[-1]),), (_COPY_THREADS,), (*table, np.uint32(len(nbytes))))
 
 
 def flat_octets(array: Any, start: Any) -> Any:
@@ -137,13 +193,18 @@ def _ceil_div(sizes: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
     return counts
 
 
+def _firsts(counts: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return how many come before each, and all."""
+    return np.concatenate((np.zeros(1, np.uint64), np.cumsum(counts)))
+
+
 def _empty(words: int) -> Any:
     return devices.load_cupy().empty(words, np.uint32)
 
 
 def _uploaded(rows: list[NDArray[Any]]) -> list[Any]:
     """Return rows of 64-bit numbers on the current device, by one copy."""
-    whole = devices.load_cupy().asarray(np.concatenate(rows).astype(np.uint64))
+    whole = devices.load_cupy().asarray(np.concatenate(rows))
     ends = np.cumsum([len(row) for row in rows])
     return [whole[end - len(row) : end] for row, end in zip(rows, ends.tolist(), strict=True)]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import devices
+from gpustore import devices, kernels
 from gpustore.errors import MismatchError
 
 
@@ -369,7 +369,7 @@ def copy_all(where: str, pairs: list[tuple[str, Any, Any]], problems: list[str])
             problems.append(f"{path}: expected {target.dtype}, found {source.dtype}")
     if problems:
         raise MismatchError(f"{where}: " + "; ".join(problems) + "; nothing was changed")
-    for _, target, source in pairs:
+    for target, source in kernels.scatter([(target, source) for _, target, source in pairs]):
         target[...] = to_device(source, devices.array_device(target))
 
 

@@ -175,6 +175,36 @@ def test_a_save_with_digests_of_the_device_is_that_of_the_host(
     assert cupy.machine.violations == []
 
 
+# --- loadparams -------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 90), st.sampled_from("CF"), st.integers(0, 2))))
+def test_loadparams_scatters_what_the_plain_way_copies(built, described):
+    with fake_cuda(2) as fake, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_SMALL_NBYTES", 8 * 80 * 3)
+        patch.setattr(kernels, "_SLAB_NBYTES", 8 * 80 * 6)
+        cupy, model, weights = with_kernels(fake, built), [], []
+        for seed, (rows, order, device) in enumerate(described):
+            array = np.asarray(np.zeros((rows, 3)), order=order)
+            model.append(array if device == 2 else gs.gpu(array, device))
+            weights.append(octets(rows * 3, seed).reshape(rows, 3).astype("f4"))
+        gs.loadparams(model, weights)
+        for target, weight in zip(model, weights, strict=True):
+            np.testing.assert_array_equal(gs.cpu(target), weight)
+        small = [d for rows, _, d in described if 0 < rows <= 80 and d != 2]
+        assert len(set(small)) <= len(launches(cupy)) <= len(small)
+        assert cupy.machine.violations == []
+
+
+def test_loadparams_of_many_small_arrays_is_one_copy_and_one_launch(cupy):
+    model = [cupy.asarray(np.zeros(256, "f4")) for _ in range(10_000)]
+    weights = [np.full(256, n, "f4") for n in range(10_000)]
+    gs.loadparams(model, weights)
+    assert launches(cupy) == ["copy_arrays"]
+    assert all(model[n][0].item() == n for n in range(10_000))
+
+
 # --- verified loading -------------------------------------------------------------------------
 
 NAMES = ["a1", "a100", f"a{GROUP}", f"a{LANE + 1}", f"a{3 * LANE}", "host", "extra"]
