@@ -1,9 +1,10 @@
 """How fast are saving from and loading to a GPU, beside the machine's ceilings and the rivals?
 
 python bench/gpu.py [--fake] [--mib 4096] [FOLDER]: first what the machine gives at most (pinned
-copies, device copies, plain files with one thread and with many), then four models on the device,
-the same arrays for all in one run, medians of alternating calls. What was loaded is compared on the
-device. A table and bench/results/gpu.json; FOLDER is where the files go: tmpfs, or a disk.
+copies, device copies, plain files with one thread and with many), then the kernels, then four
+models on the device, the same arrays for all in one run, medians of alternating calls. What was
+loaded is compared on the device. A table and bench/results/gpu.json; FOLDER is where the files go:
+tmpfs, or a disk.
 
 `--fake` runs everything on the fake device: to see that the bench works, for no figures.
 """
@@ -26,7 +27,7 @@ from cpu import RESULTS, Figures, alternating, named, optional, ratios, table
 from import_time import machine
 
 import gpustore as gs
-from gpustore import staging
+from gpustore import kernels, staging
 from gpustore.testing import fake_cuda
 
 MIB = 2**20
@@ -104,6 +105,30 @@ def in_pieces(move: Callable[[Any, int], int], host: Any, threads: int) -> None:
         assert sum(moved) == host.size
 
 
+# --- within the device ------------------------------------------------------------------------
+
+
+def within_device(nbytes: int, cupy: Any) -> Figures:
+    """Return GB/s of the kernels: digests of one array and of many, gathering of many."""
+    whole = cupy.zeros(nbytes, np.uint8)
+    small = [whole[start : start + 4096] for start in range(0, min(nbytes, 40 * MIB), 4096)]
+    matrix = whole.view(np.float32).reshape(-1, 1024).T
+    starts = staging.origins({"cuda:0"})
+    if kernels.digests([whole]) is None:  # no kernels: the fake device, or no NVRTC
+        return {}
+    calls = {
+        "BLAKE3 of one array": (nbytes, lambda: kernels.digests([whole])),
+        "BLAKE3 of arrays of 4 KiB": (4096 * len(small), lambda: kernels.digests(small)),
+        "arrays of 4 KiB gathered to the host": (
+            4096 * len(small),
+            lambda: kernels.gathered(small),
+        ),
+        "a matrix turned": (nbytes, lambda: kernels.flat_octets(matrix, starts["cuda:0"])),
+    }
+    times = alternating({name: waited(call, cupy) for name, (_, call) in calls.items()}, RUNS)
+    return {f"{name}: GB/s": round(calls[name][0] / ms / 1e6, 2) for name, ms in times.items()}
+
+
 # --- cases ------------------------------------------------------------------------------------
 
 
@@ -135,7 +160,8 @@ def compare(folder: Path, model: Any, arrays: dict[str, Any], cupy: Any) -> Figu
         for rival in ("torch", "safetensors", "fastsafetensors", "cupy.savez")
     }
     memory = {"save, MiB of host memory above, the ring included": round(peak, 1)}
-    return ratios(found, pairs) | speeds | memory
+    added = {"verification: share of a load": round(found["verified load"] / found["load"] - 1, 3)}
+    return ratios(found, pairs) | speeds | added | memory
 
 
 def rivals(folder: Path, arrays: dict[str, Any], cupy: Any) -> dict[str, Callable[[], Any]]:
@@ -207,8 +233,8 @@ def shares(results: dict[str, Figures]) -> None:
 
     save = min(fastest("pinned copy, device to host"), fastest("plain write"))
     load = min(fastest("pinned copy, host to device"), fastest("plain read"))
-    for case, found in results.items():
-        if case != "ceilings":
+    for found in results.values():
+        if "save: GB/s" in found:
             found["save: share of the ceiling"] = round(found["save: GB/s"] / save, 3)
             for name in ("load", "verified load"):
                 found[f"{name}: share of the ceiling"] = round(found[f"{name}: GB/s"] / load, 3)
@@ -239,7 +265,9 @@ def main() -> None:
             parser.exit(1, f"bench/gpu.py: {status.message}\n")
         cupy = optional("cupy")
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))
-        results = {"ceilings": ceilings(folder, min(options.mib, 1024) * MIB, cupy)}
+        nbytes = min(options.mib, 1024) * MIB
+        results = {"ceilings": ceilings(folder, nbytes, cupy)}
+        results["within the device"] = within_device(nbytes, cupy)
         for case, make in cases(options.mib, cupy).items():
             model = make()
             results[case] = compare(folder, model, named(gs.params(model)), cupy)
