@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from gpustore import gds
 from gpustore.errors import CUDAUnavailableError, UnsupportedValueError
 
 # DLDeviceType of dlpack.h; kDLCUDAHost is pinned host memory, kDLCUDAManaged counts as its device.
@@ -52,6 +53,14 @@ class CUDAStatus:
 
     def __bool__(self) -> bool:
         return self.available
+
+    @property
+    def transfers(self) -> str:
+        """How arrays go between files and devices, in words."""
+        reason = gds.why_not()
+        if reason is not None:
+            return f"through pinned host memory ({reason})"
+        return "by GPUDirect Storage or through pinned host memory, whichever is found faster"
 
 
 def is_array(x: object) -> bool:

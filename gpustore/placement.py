@@ -86,8 +86,8 @@ class Placement:
         moved: dict[int, Any] = {}
         try:
             if found:
-                with self._file.reader() as read:
-                    there = ring.to_devices([*found.values()], read, report)
+                with self._file.reader() as reader:
+                    there = ring.to_devices([*found.values()], reader, report)
                 moved.update(zip(found, there, strict=True))
                 del there
             if check is not None:

@@ -1,30 +1,35 @@
 """Device memory to a file and back: large arrays in pieces, small ones in groups.
 
 A ring of lanes (pinned buffers, each with its streams and a thread of its own) moves the pieces, so
-that copies and file I/O overlap and host memory stays within GPUSTORE_RING_MIB. Without it, with a
-ring of 0 MiB, `devices` copies each array whole: the same bytes, slower.
+that copies and file I/O overlap and host memory stays within GPUSTORE_RING_MIB; past the host where
+GPUDirect Storage is active and found faster. Without it, with a ring of 0 MiB, `devices` copies
+each array whole: the same bytes, slower.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from gpustore import devices, kernels, staging
+from gpustore import devices, gds, kernels, staging
 from gpustore.digest import hasher
 from gpustore.errors import DeviceMemoryError
 from gpustore.layout import Payload
+from gpustore.storage import NO_FILE, NewFile, Reader
 
 GROUP_NBYTES = 256 * 1024  # arrays below this size share a copy
 _ALIGNMENT = 256  # of the arrays in a group, as cudaMalloc aligns
 _MAX_LANES = 16
+_TRIAL_PIECES = 32  # moved each way to see which is the fastest
 
 Report = Callable[[int], None]
 
@@ -44,7 +49,7 @@ class _Whole:
 
 
 def write_device_arrays(
-    write_at: Callable[[Any, int], None],
+    file: NewFile,
     payloads: list[Payload],
     offsets: list[int],
     report: Report,
@@ -59,12 +64,11 @@ def write_device_arrays(
     large = [pair for pair in zip(payloads, offsets, strict=True) if _is_large(pair[0])]
     if not large:
         return
-    ring = _Ring()
 
-    def move(lane: staging.Lane, piece: tuple[_Whole, int, int]) -> int:
+    def by_host(ring: _Ring, lane: staging.Lane, piece: _PieceToWrite) -> int:
         whole, start, nbytes = piece
         host = lane.to_host(whole.octets, start, nbytes)
-        write_at(host, whole.offset + start)
+        file.write_at(host, whole.offset + start)
         if whole.payload.digest is None:
             with ring.turn(lambda: whole.hashed == start):
                 whole.hasher.update(host)
@@ -73,8 +77,18 @@ def write_device_arrays(
                     whole.payload.digest = whole.hasher.digest()
         return nbytes
 
+    def directly(ring: _Ring, lane: staging.Lane, piece: _PieceToWrite) -> int:
+        whole, start, nbytes = piece
+        if direct is None or whole.payload.digest is None:  # the host hashes
+            return by_host(ring, lane, piece)
+        with lane.past_the_host(whole.octets):
+            direct.write(whole.octets[start : start + nbytes], whole.offset + start)
+        return nbytes
+
     starts = staging.origins({_device(payload) for payload, _ in large})
-    ring.run(_pieces_to_write(large, starts), move, starts, report)
+    pieces = _pieces_to_write(large, starts)
+    with gds.opened(file.descriptor, "r+", file.target) as direct:
+        _move(pieces, [by_host, directly] if direct else [by_host], starts, report)
 
 
 def _is_large(payload: Payload) -> bool:
@@ -175,27 +189,36 @@ class _Slab:
 
 def to_devices(
     arrays: list[tuple[Any, str]],
-    read: Callable[[Any, Any], None] = np.copyto,
+    reader: Reader = NO_FILE,
     report: Report = lambda nbytes: None,
 ) -> list[Any]:
     """Return host arrays on CUDA devices, each of the pairs on its own; memory order is kept.
 
-    `read(into, octets)` fills a pinned buffer with the bytes at which `octets` is a view: from a
-    file faster than from its mapping. Arrays below GROUP_NBYTES share the memory of up to 8 MiB.
+    `reader` is that of the file they are views of. Arrays below GROUP_NBYTES share the memory of up
+    to 8 MiB.
     Dtypes that CuPy lacks raise UnsupportedValueError, a device without room DeviceMemoryError:
     what was placed so far is released.
     """
     placed: list[Any] = [None] * len(arrays)
     slabs = list(_slabs_for(arrays, placed, report))
 
-    def move(lane: staging.Lane, piece: tuple[_Slab, int, int]) -> int:
+    def by_host(ring: _Ring, lane: staging.Lane, piece: _PieceToRead) -> int:
         slab, start, nbytes = piece
         if len(slab.members) == 1:
-            read(lane.host[:nbytes], slab.members[0][1][start : start + nbytes])
+            reader.read(lane.host[:nbytes], slab.members[0][1][start : start + nbytes])
         else:
             for _, host, begin in slab.members:
-                read(lane.host[begin : begin + host.size], host)
+                reader.read(lane.host[begin : begin + host.size], host)
         lane.to_device(slab.octets, start, nbytes)
+        return nbytes
+
+    def directly(ring: _Ring, lane: staging.Lane, piece: _PieceToRead) -> int:
+        slab, start, nbytes = piece
+        offset = reader.offset_of(slab.members[0][1])
+        if direct is None or offset is None or len(slab.members) > 1:
+            return by_host(ring, lane, piece)
+        with lane.past_the_host(slab.octets):
+            direct.read(slab.octets[start : start + nbytes], offset + start)
         return nbytes
 
     try:
@@ -203,7 +226,9 @@ def to_devices(
             slab.octets = staging.empty_octets(slab.nbytes, slab.device)
         if slabs:
             starts = staging.origins({slab.device for slab in slabs})
-            _Ring().run(_pieces_to_read(slabs), move, starts, report)
+            with gds.opened(reader.descriptor, "r", reader.path) as direct:
+                ways = [by_host, directly] if direct else [by_host]
+                _move(_pieces_to_read(slabs), ways, starts, report)
     except BaseException:
         placed.clear()
         for slab in slabs:
@@ -249,6 +274,19 @@ def _pieces_to_read(slabs: list[_Slab]) -> Iterator[tuple[_Slab, int, int]]:
 # --- the ring ---------------------------------------------------------------------------------
 
 
+def _move(
+    pieces: Iterator[Any], ways: Sequence[_Way], starts: staging.Origins, report: Report
+) -> None:
+    """Move all pieces, the first ones each way in turn, the rest the way that was the fastest."""
+    seconds = []
+    for way in ways if len(ways) > 1 else ():
+        began = time.perf_counter()
+        _Ring().run(itertools.islice(pieces, _TRIAL_PIECES), way, starts, report)
+        seconds.append(time.perf_counter() - began)
+    fastest = ways[seconds.index(min(seconds))] if seconds else ways[0]
+    _Ring().run(pieces, fastest, starts, report)
+
+
 class _Ring:
     """Lanes on threads of their own, and what they wait for: their turn, or the end."""
 
@@ -261,11 +299,11 @@ class _Ring:
     def run(
         self,
         pieces: Iterator[Any],
-        move: Callable[[staging.Lane, Any], int],
+        way: _Way,
         starts: staging.Origins,
         report: Report,
     ) -> None:
-        """Let the lanes `move` all pieces, and report here how many bytes each was.
+        """Let the lanes move all pieces this `way`, and report here how many bytes each was.
 
         Raises what failed first. When this returns or raises, no lane touches a buffer, a file or a
         device any more.
@@ -273,7 +311,7 @@ class _Ring:
         room = staging.ring_nbytes() // staging.LANE_NBYTES
         self._lanes = max(min(room, _MAX_LANES, 2 * (os.cpu_count() or 1)), 1)
         threads = [
-            threading.Thread(target=self._work, args=(pieces, move, starts), name="gpustore-lane")
+            threading.Thread(target=self._work, args=(pieces, way, starts), name="gpustore-lane")
             for _ in range(self._lanes)
         ]
         try:
@@ -296,7 +334,7 @@ class _Ring:
             finally:
                 del failure  # else it and this frame hold each other, and all that is placed
 
-    def _work(self, pieces: Iterator[Any], move: Any, starts: staging.Origins) -> None:
+    def _work(self, pieces: Iterator[Any], way: _Way, starts: staging.Origins) -> None:
         try:
             with staging.Lane(staging.LANE_NBYTES, starts) as lane:
                 while True:
@@ -304,7 +342,7 @@ class _Ring:
                         piece = None if self._is_stopped else next(pieces, None)
                     if piece is None:
                         break
-                    moved = move(lane, piece)
+                    moved = way(self, lane, piece)
                     with self._changed:
                         self._moved += moved
                         self._changed.notify_all()
@@ -337,3 +375,8 @@ def _let_go(error: BaseException) -> None:
     while link is not None:
         traceback.clear_frames(link.__traceback__)
         link = link.__cause__ or link.__context__
+
+
+_Way = Callable[[_Ring, staging.Lane, Any], int]
+_PieceToWrite = tuple[_Whole, int, int]  # from a byte on, so many
+_PieceToRead = tuple[_Slab, int, int]

@@ -212,7 +212,7 @@ def _write_device_arrays(file: storage.NewFile, out: _Output, plan: Plan) -> Non
         for structure, payload in zip(plan.structures, plan.payloads, strict=False):
             offsets.append(position + len(structure))
             position = offsets[-1] + payload.nbytes
-    ring.write_device_arrays(file.write_at, plan.payloads, offsets, out.report)
+    ring.write_device_arrays(file, plan.payloads, offsets, out.report)
 
 
 @contextlib.contextmanager

@@ -107,14 +107,16 @@ def free_pooled_memory() -> None:
 
 
 class Lane:
-    """A pinned buffer, `host`, and on each device a stream that waits for its origin."""
+    """A pinned buffer, `host`, and on each device a stream that waits for its origin.
+
+    The buffer is there from the first use on.
+    """
 
     def __init__(self, nbytes: int, starts: Origins) -> None:
-        self._starts = starts
+        self._nbytes, self._starts = nbytes, starts
         self._streams: dict[str, tuple[Any, Any]] = {}
-        with explained("pinned host memory", nbytes):
-            self._pinned = devices.load_cupy().cuda.alloc_pinned_memory(nbytes)
-        self.host = np.frombuffer(self._pinned, np.uint8, nbytes)
+        self._pinned: Any = None
+        self._host: Any = None
 
     def __enter__(self) -> Lane:
         return self
@@ -128,15 +130,25 @@ class Lane:
                 with contextlib.suppress(Exception), devices.cuda_device(device) as whole:
                     whole.synchronize()
         self._streams.clear()
-        del self.host, self._pinned
+        self._host = self._pinned = None
+
+    @property
+    def host(self) -> Any:
+        """The buffer, as flat octets."""
+        if self._host is None:
+            with explained("pinned host memory", self._nbytes):
+                self._pinned = devices.load_cupy().cuda.alloc_pinned_memory(self._nbytes)
+            self._host = np.frombuffer(self._pinned, np.uint8, self._nbytes)
+        return self._host
 
     def to_host(self, octets: Any, start: int, nbytes: int) -> Any:
         """Return `nbytes` octets of a device from `start` on, in the pinned buffer."""
+        host = self.host
         with self._on(octets) as (stream, event):
             (octets.data + start).copy_to_host_async(self._pinned.ptr, nbytes, stream)
             event.record(stream)
             event.synchronize()
-        return self.host[:nbytes]
+        return host[:nbytes]
 
     def to_device(self, octets: Any, start: int, nbytes: int) -> None:
         """Copy the first `nbytes` octets of the pinned buffer to a device, from `start` on."""
@@ -144,6 +156,14 @@ class Lane:
             (octets.data + start).copy_from_host_async(self._pinned.ptr, nbytes, stream)
             event.record(stream)
             event.synchronize()
+
+    @contextlib.contextmanager
+    def past_the_host(self, octets: Any) -> Iterator[None]:
+        """Be on the device of `octets`, once what its origin waits for is done."""
+        device = devices.array_device(octets)
+        with explained(device), devices.cuda_device(device):
+            self._starts[device].synchronize()
+            yield
 
     @contextlib.contextmanager
     def _on(self, octets: Any) -> Iterator[tuple[Any, Any]]:

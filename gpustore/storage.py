@@ -9,7 +9,8 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BufferedReader
 from typing import Any
 
@@ -73,31 +74,11 @@ class MappedFile:
         return self._buffer is None
 
     @contextlib.contextmanager
-    def reader(self) -> Iterator[Callable[[Any, Any], None]]:
-        """Give `read(into, octets)`, which copies the bytes that `octets` is a view of.
-
-        Those of the file are read from it into the buffer, which spares the page faults of the
-        mapping; other views, and those of a file that has been replaced since, are copied.
-        """
+    def reader(self) -> Iterator[Reader]:
+        """Give a Reader of the file, open as long as this lasts."""
         first = np.frombuffer(self.buffer, np.uint8).ctypes.data
         with contextlib.ExitStack() as held:
-            descriptor = self._reopened(held)
-
-            def read(into: Any, octets: Any) -> None:
-                offset, done = octets.ctypes.data - first, 0
-                if descriptor is None or not 0 <= offset <= self.nbytes - octets.size:
-                    np.copyto(into, octets)
-                    return
-                while done < octets.size:
-                    count = os.preadv(descriptor, [into[done:].data], offset + done)
-                    if count == 0:
-                        raise TruncatedFileError(
-                            f"{self.path}: expected {self.nbytes} bytes, found {offset + done}; "
-                            "the file was cut while it was being loaded"
-                        )
-                    done += count
-
-            yield read
+            yield Reader(self.path, self._reopened(held), first, self.nbytes)
 
     def _reopened(self, held: contextlib.ExitStack) -> int | None:
         if self._identity is None or not hasattr(os, "preadv"):
@@ -118,6 +99,44 @@ class MappedFile:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads the bytes of which arrays are views from the file: without the mapping's page faults.
+
+    Without a `descriptor` (the file has been replaced since), and for views of other memory, they
+    are copied from where they are.
+    """
+
+    path: str
+    descriptor: int | None
+    first: int  # address of the mapping
+    nbytes: int
+
+    def offset_of(self, octets: Any) -> int | None:
+        """Return where in the file flat octets of host memory are to be read; None if nowhere."""
+        offset = int(octets.ctypes.data) - self.first
+        is_there = self.descriptor is not None and 0 <= offset <= self.nbytes - octets.size
+        return offset if is_there else None
+
+    def read(self, into: Any, octets: Any) -> None:
+        """Copy octets into flat host memory of their size."""
+        offset, done = self.offset_of(octets), 0
+        if offset is None or self.descriptor is None:
+            np.copyto(into, octets)
+            return
+        while done < octets.size:
+            count = os.preadv(self.descriptor, [into[done:].data], offset + done)
+            if count == 0:
+                raise TruncatedFileError(
+                    f"{self.path}: expected {self.nbytes} bytes, found {offset + done}; the file "
+                    "was cut while it was being loaded"
+                )
+            done += count
+
+
+NO_FILE = Reader("", None, 0, 0)  # copies from memory
 
 
 def _identity_of(descriptor: int) -> tuple[int, int]:
@@ -158,10 +177,10 @@ def _read(stream: BufferedReader) -> bytearray:
 class NewFile:
     """The file that is being written in the place of another; `written` counts its bytes."""
 
-    __slots__ = ("_descriptor", "_nbytes", "_target", "written")
+    __slots__ = ("_nbytes", "descriptor", "target", "written")
 
     def __init__(self, descriptor: int, nbytes: int, target: str) -> None:
-        self._descriptor, self._nbytes, self._target = descriptor, nbytes, target
+        self.descriptor, self._nbytes, self.target = descriptor, nbytes, target
         self.written = 0
 
     def write(self, buffer: Any) -> None:
@@ -169,7 +188,7 @@ class NewFile:
         octets, done = np.frombuffer(buffer, np.uint8).data, 0
         while done < octets.nbytes:  # one call writes 2 GiB at most, and less where it likes
             with self._explained():
-                count = os.write(self._descriptor, octets[done:])
+                count = os.write(self.descriptor, octets[done:])
                 if count == 0:
                     raise OSError(errno.EIO, "the file system took no bytes")
             done += count
@@ -183,7 +202,7 @@ class NewFile:
         octets, done = memoryview(buffer), 0
         while done < octets.nbytes:
             with self._explained():
-                count = os.pwrite(self._descriptor, octets[done:], position + done)
+                count = os.pwrite(self.descriptor, octets[done:], position + done)
                 if count == 0:
                     raise OSError(errno.EIO, "the file system took no bytes")
             done += count
@@ -191,13 +210,13 @@ class NewFile:
     def skip(self, nbytes: int) -> None:
         """Go on writing after bytes that `write_at` has written here."""
         with self._explained():
-            os.lseek(self._descriptor, nbytes, os.SEEK_CUR)
+            os.lseek(self.descriptor, nbytes, os.SEEK_CUR)
         self.written += nbytes
 
     def seek(self, position: int) -> None:
         """Go on writing at this byte of the file."""
         with self._explained():
-            os.lseek(self._descriptor, position, os.SEEK_SET)
+            os.lseek(self.descriptor, position, os.SEEK_SET)
 
     def reserve(self) -> None:
         """Have the space set aside: writing is faster, and a full disk shows before the work."""
@@ -206,9 +225,9 @@ class NewFile:
         with self._explained():
             # Where the file system lacks fallocate(2), glibc writes into every 4 KiB instead. It
             # reads them first, as far as the file goes, so here it gives up at once with EBADF.
-            os.ftruncate(self._descriptor, min(self._nbytes, 4096))
+            os.ftruncate(self.descriptor, min(self._nbytes, 4096))
             try:
-                os.posix_fallocate(self._descriptor, 0, self._nbytes)
+                os.posix_fallocate(self.descriptor, 0, self._nbytes)
             except OSError as error:
                 if error.errno not in _NO_FALLOCATE:
                     raise
@@ -217,11 +236,11 @@ class NewFile:
         """Check that all was written, and have it reach the disk."""
         if self.written != self._nbytes:
             raise AssertionError(
-                f"{self._target}: planned {self._nbytes} bytes, wrote {self.written}"
+                f"{self.target}: planned {self._nbytes} bytes, wrote {self.written}"
             )
         if durable:
             with self._explained():
-                os.fsync(self._descriptor)
+                os.fsync(self.descriptor)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -235,14 +254,14 @@ class NewFile:
                     f"{sentence}: expected room for {self._nbytes} bytes, found {self._free()} "
                     "free; make room or save elsewhere (nothing was changed)"
                 )
-            raise OSError(error.errno, sentence, self._target) from error
+            raise OSError(error.errno, sentence, self.target) from error
 
     def _free(self) -> int:
         """Return how many bytes there were before this file took its share."""
         import shutil  # 2 ms, for this error only
 
-        held = getattr(os.fstat(self._descriptor), "st_blocks", 0) * 512
-        return shutil.disk_usage(os.path.dirname(self._target)).free + held
+        held = getattr(os.fstat(self.descriptor), "st_blocks", 0) * 512
+        return shutil.disk_usage(os.path.dirname(self.target)).free + held
 
 
 _NO_FALLOCATE = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)

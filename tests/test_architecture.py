@@ -15,6 +15,7 @@ PACKAGE = Path(gpustore.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "gds",
     "devices",
     "staging",
     "digest",

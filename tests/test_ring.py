@@ -301,10 +301,10 @@ def test_a_reader_gives_the_bytes_that_were_mapped(file, change):
     elif change == "removed":
         file.unlink()
     octets, into = np.frombuffer(mapped.buffer, np.uint8), np.zeros(4000, np.uint8)
-    with mapped.reader() as read:
-        read(into, octets[5000:])
+    with mapped.reader() as reader:
+        reader.read(into, octets[5000:])
         assert into.tobytes() == content[5000:]
-        read(into, np.full(4000, 3, np.uint8))  # no view of the file
+        reader.read(into, np.full(4000, 3, np.uint8))  # no view of the file
         assert (into == 3).all()
 
 
@@ -312,7 +312,7 @@ def test_a_file_cut_while_it_is_read_is_an_error_not_a_signal(file):
     file.write_bytes(bytes(9000))
     mapped = MappedFile.open(file)
     octets = np.frombuffer(mapped.buffer, np.uint8)
-    with mapped.reader() as read:
+    with mapped.reader() as reader:
         os.truncate(file, 4096)
         with pytest.raises(gs.TruncatedFileError, match="expected 9000 bytes, found 4096"):
-            read(np.zeros(9000, np.uint8), octets)
+            reader.read(np.zeros(9000, np.uint8), octets)
