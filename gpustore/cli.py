@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from gpustore import errors, listing, tree
+from gpustore import devices, errors, listing, tree
 from gpustore.julia import ArraySpec, LostArray, OpaqueFunction, Struct
 from gpustore.load import StoredFile, open_file
 from gpustore.values import Entries
@@ -126,7 +126,10 @@ def _summary(stored: StoredFile, value: Any) -> str:
         )
     if stored.tags:
         tags = ", ".join(f"{_arrays(count)} on {tag}" for tag, count in stored.tags.items())
-        return text + f"only with device='cpu' ({tags}); `gpustore cpu` makes a file that does"
+        status = devices.cuda_status()
+        here = f"arrays travel {status.transfers}" if status else status.message
+        text += f"only with device='cpu' ({tags}); `gpustore cpu` makes a file that does"
+        return f"{text}\nHere: {here}"
     return text + "yes"
 
 

@@ -49,6 +49,13 @@ def test_inspect_shows_the_tree_and_whether_a_gpu_is_needed(run, tagged):
         assert part in out.replace("[0]: Dense", "layers[0]"), out
 
 
+def test_inspect_says_what_the_machine_has_for_a_tagged_file(run, tagged):
+    with fake_cuda():
+        assert "Here: arrays travel through pinned host memory (" in run("inspect", tagged)[1]
+    with fake_cuda(fail="no-driver"):
+        assert "Here: no NVIDIA driver is loaded" in run("inspect", tagged)[1]
+
+
 def test_cpu_makes_a_tagged_file_load_anywhere(run, tagged, tmp_path):
     code, out, _ = run("cpu", tagged, "-o", tmp_path / "cpu.bson")
     assert code == 0 and "4 arrays" in out
