@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gpustore.encoder import DetachedEncoder, Encoder, int64
-from gpustore.errors import FormatError, TruncatedFileError, UnsupportedValueError
+from gpustore.errors import FormatError, UnsupportedValueError
 from gpustore.layout import (
     FORMAT_VERSION,
     INLINE_LIMIT,
@@ -94,43 +94,58 @@ def scan(buffer: Any, *, name: str = "buffer", slot_nbytes: int = SLOT_NBYTES) -
     assert isinstance(document, dict)
     stamp = document.get("_gpustore")
     if isinstance(stamp, dict) and stamp.get("layout") == "detached":
-        _attach(document, end, len(buffer), name)
+        _attach(document, end, len(buffer), scanner)
+    elif scanner.placed:
+        raise FormatError(f"{name}: arrays are said to lie after a document that has none there")
     return document
 
 
-def _attach(document: dict[str, Any], start: int, limit: int, name: str) -> None:
+def _attach(document: dict[str, Any], end: int, limit: int, scanner: Scanner) -> None:
     """Put a Slot in the place of each `data: {offset, nbytes}` of a detached layout, checked.
 
-    Payloads lie after the document, within the file, aligned, in the order of the document.
+    Payloads lie after the `end` of the document, within the file, aligned, in the order of the
+    document. Those of rows are Slots already.
     """
-    Int64 = int64()
-    stack: list[Any] = [document]
+    start = end
+    for first, _ in scanner.placed:
+        if first < end:
+            raise _misplaced(scanner.name, end, first)
+    stack: list[Iterator[Any]] = [iter(document.values())]
     while stack:
-        node = stack.pop()
-        if type(node) is list:
-            stack.extend(reversed(node))
-        if type(node) is not dict:
-            continue
-        data = node.get("data")
-        if type(data) is not dict or node.get("tag") != "array" or "offset" not in data:
-            stack.extend(reversed(node.values()))
-            continue
-        offset: Any = data["offset"]
-        nbytes: Any = data.get("nbytes")
-        if type(offset) is not Int64 or type(nbytes) is not Int64 or offset < 0 or nbytes < 0:
+        for node in stack[-1]:
+            if type(node) is list:
+                stack.append(iter(node))
+                break
+            if type(node) is not dict:
+                continue
+            data: Any = node.get("data")
+            if type(data) is dict and node.get("tag") == "array" and "offset" in data:
+                data = node["data"] = _slot(data, scanner.name)
+            elif type(data) is not Slot or data.offset < end:  # not detached
+                stack.append(iter(node.values()))
+                break
+            if data.offset < start or data.offset % 64:
+                raise _misplaced(scanner.name, start, data.offset)
+            start = data.offset + data.nbytes
+            if start > limit:
+                found = max(limit - data.offset, 0)
+                raise scanner.truncated(data.offset, data.nbytes, found)
+        else:
+            stack.pop()
+
+
+def _slot(data: dict[str, Any], name: str) -> Slot:
+    for number in (data["offset"], data.get("nbytes")):
+        if type(number) is not int64() or number < 0:
             raise FormatError(f"{name}: a detached array is said to lie at {data!r}; it is damaged")
-        if offset < start or offset % 64:
-            raise FormatError(
-                f"{name}: expected a detached array at a multiple of 64 from byte {start} on, "
-                f"found one at {offset}; the file is damaged"
-            )
-        start = offset + nbytes
-        if start > limit:
-            raise TruncatedFileError(
-                f"{name}: byte {offset}: expected {nbytes} bytes, found {max(limit - offset, 0)}; "
-                "the file is cut off or damaged: copy or download it again"
-            )
-        node["data"] = Slot(offset, nbytes)
+    return Slot(data["offset"], data["nbytes"])
+
+
+def _misplaced(name: str, start: int, found: int) -> FormatError:
+    return FormatError(
+        f"{name}: expected a detached array at a multiple of 64 from byte {start} on, found one at "
+        f"{found}; the file is damaged"
+    )
 
 
 def walk(document: Any) -> Iterator[dict[str, Any]]:

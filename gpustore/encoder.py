@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpustore import rows
 from gpustore.digest import DIGEST_NBYTES
@@ -130,7 +131,7 @@ class Encoder:
 
     def row(self, keys: list[bytes], nodes: list[Any]) -> None:
         """Encode a row as one bare payload, of which the structure is hashed."""
-        payloads = rows.stacked([node["data"].content for node in nodes])
+        payloads = rows.stacked([node["data"] for node in nodes])
         like = Encoder()
         like.base = self.position()
         like.element(keys[0], nodes[0])
@@ -170,7 +171,7 @@ class DetachedEncoder(Encoder):
 
     def row(self, keys: list[bytes], nodes: list[Any]) -> None:
         """Encode a row; its payloads are one, with zeros between them."""
-        payloads = rows.stacked([node["data"].content for node in nodes])
+        payloads = rows.stacked([node["data"] for node in nodes])
         like = DetachedEncoder()
         like.element(keys[0], nodes[0])
         (at,) = like.offsets
@@ -266,6 +267,10 @@ def _encode_dict(encoder: Encoder, key: bytes, value: dict[str, Any]) -> None:
     encoder.document(value)
 
 
+def _small(content: NDArray[Any]) -> Payload:
+    return Payload(content.nbytes, None, content=content)
+
+
 def _encode_list(encoder: Encoder, key: bytes, value: list[Any]) -> None:
     encoder.segment += b"\x04" + key
     encoder.array(value)
@@ -285,6 +290,7 @@ _ENCODERS: dict[type, Callable[[Encoder, bytes, Any], None]] = {
     dict: _encode_dict,
     list: _encode_list,
     Payload: lambda encoder, key, value: encoder.payload(key, value),
+    np.ndarray: lambda encoder, key, value: encoder.payload(key, _small(value)),
     Encoded: _encode_encoded,
 }
 

@@ -5,14 +5,14 @@ An object met twice is written once, into `_backrefs`, so sharing and cycles are
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gpustore import devices, document, flux, twins
+from gpustore import arrays, devices, document, flux, twins
 from gpustore.document import Encoded, Payload, Slot
 from gpustore.errors import UnsupportedValueError
 from gpustore.julia import (
@@ -24,7 +24,6 @@ from gpustore.julia import (
     Struct,
     Symbol,
     element_type_of,
-    is_of_both_orders,
 )
 from gpustore.tree import TrackedArray
 from gpustore.typeof import (
@@ -33,11 +32,10 @@ from gpustore.typeof import (
     is_plain,
     named_tuple_type,
     names_of,
-    numpy_dtype,
     type_document,
     type_of,
 )
-from gpustore.values import DataFrame, JuliaArray, JuliaDict, origin_of
+from gpustore.values import DataFrame, JuliaArray, JuliaDict
 
 _named = JuliaType.named
 _FLOAT64 = _named("Core.Float64")
@@ -54,7 +52,7 @@ class Lowerer:
 
     def __init__(
         self,
-        make_payload: Callable[[Any, str], Payload],
+        make_payload: Callable[[Any, str], Payload | NDArray[Any]],
         column_major: set[int],
         tag_devices: bool,
         spelling: frozenset[str] = frozenset(),
@@ -107,14 +105,14 @@ class Lowerer:
     def new(self, container: Any, key: Any, value: Any, path: str) -> None:
         """Lower an object that has an identity and is met for the first time."""
         if type(value) is np.ndarray:
-            self.array(container, key, value, path)
+            arrays.lower(self, container, key, value, path)
         elif isinstance(value, dict):
             self.dictionary(container, key, value, path)
         elif isinstance(value, list):
             node = self.place(container, key, value, [None] * len(value))
-            self.fill(node, value, [f"{path}[{i}]" for i in range(len(value))])
+            self.put_all(node, list(range(len(value))), value, lambda i: f"{path}[{i}]")
         elif devices.is_array(value):
-            self.array(container, key, value, path)
+            arrays.lower(self, container, key, value, path)
         elif flux.kind_of(value) is not None:
             self.instance(container, key, value, path)
         elif isinstance(value, OpaqueDocument):
@@ -145,6 +143,26 @@ class Lowerer:
     def fill(self, node: list[Any], values: Any, paths: list[str]) -> None:
         for index, (child, path) in enumerate(zip(values, paths, strict=True)):
             self.put(node, index, child, path)
+
+    def put_named(
+        self, node: dict[str, Any], value: dict[str, Any], path: str, path_of: Callable[[str], str]
+    ) -> None:
+        for name in value:
+            self.text(name, path)
+        self.put_all(node, list(value), list(value.values()), path_of)
+
+    def put_all(
+        self, node: Any, keys: list[Any], values: list[Any], path_of: Callable[[Any], str]
+    ) -> None:
+        """Lower each value into node[key]; rows of small arrays alike at once."""
+        done = 0
+        for start, stop in arrays.alike(values):
+            for key, value in zip(keys[done:start], values[done:start], strict=True):
+                self.put(node, key, value, path_of(key))
+            is_lowered = arrays.lower_row(self, node, keys[start:stop], values[start:stop])
+            done = stop if is_lowered else start
+        for key, value in zip(keys[done:], values[done:], strict=True):
+            self.put(node, key, value, path_of(key))
 
     # --- values without an identity ---
 
@@ -245,8 +263,7 @@ class Lowerer:
             twins.lower_data_frame(self, container, key, value, path)
         elif not isinstance(value, JuliaDict) and twins.is_document(value):
             node = self.place(container, key, value, {})
-            for name, child in value.items():
-                self.put(node, self.text(name, path), child, f"{path}[{name!r}]")
+            self.put_named(node, value, path, lambda name: f"{path}[{name!r}]")
         else:
             twins.lower_dict(self, container, key, value, path)
 
@@ -319,50 +336,11 @@ class Lowerer:
 
     # --- arrays ---
 
-    def array(self, container: Any, key: Any, value: Any, path: str) -> None:
-        dtype = numpy_dtype(value)
-        known = self.kinds.get(dtype) or element_type_of(dtype)
-        if known is None:
-            raise self.refuse(path, value, _array_advice(dtype))
-        self.kinds[dtype] = known
-        if hasattr(value, "mask") and isinstance(value, np.ndarray):
-            raise self.refuse(path, value, "its mask would be lost; save .data and .mask")
-        twin = origin_of(value)
-        if twin is not None:
-            self.original(container, key, value, twin)
-            return
-        flags = getattr(value, "flags", None)
-        is_column_major = getattr(flags, "f_contiguous", False) or is_of_both_orders(value.shape)
-        if is_column_major or id(value) in self.column_major:
-            container[key] = self.array_node(value, known, value.shape, "F")
-            self.places[id(value)] = (container, key, value)
-            return
-        parent = self.array_node(value, known, value.shape[::-1], "C")
-        order = tuple(range(len(value.shape), 0, -1))
-        whole = array_type(value)
-        permuted = _named(
-            "Base.PermutedDimsArrays.PermutedDimsArray",
-            *whole.params, order, order, whole,
-        )  # fmt: skip
-        self.place(container, key, value, self.struct(permuted, [parent]))
-
-    def original(self, container: Any, key: Any, value: Any, twin: Any) -> None:
-        """Write an array as what it was in its file: a bare binary, or the bits of a BitArray."""
-        if isinstance(twin, Struct):
-            twins.lower_bit_array(self, container, key, value, twin)
-            return
-        payload = self.make_payload(value, "F")
-        self.place(container, key, value, dataclasses.replace(payload, is_bare=True))
-
     def array_node(
         self, value: Any, known: tuple[JuliaType, str | None], shape: Any, order: str
     ) -> dict[str, Any]:
-        head = self.heads.get((value.dtype, shape))
-        if head is None:
-            size = document.encode([self.int64(n) for n in shape])
-            head = self.type(known[0]), size
-            self.heads[value.dtype, shape] = head
-        node: dict[str, Any] = {"tag": "array", "type": head[0], "size": head[1]}
+        kind, size = self.head(known[0], value.dtype, shape)
+        node: dict[str, Any] = {"tag": "array", "type": kind, "size": size}
         if self.tag_devices:
             device = devices.array_device(value)
             if device != "cpu":
@@ -371,6 +349,14 @@ class Lowerer:
             node["dtype"] = known[1]
         node["data"] = self.make_payload(value, order)
         return node
+
+    def head(self, element_type: JuliaType, dtype: Any, shape: Any) -> tuple[Encoded, Encoded]:
+        """Return the type and the size of an array, the same ones for all that are alike."""
+        head = self.heads.get((dtype, shape))
+        if head is None:
+            size = document.encode([self.int64(n) for n in shape])
+            head = self.heads[dtype, shape] = self.type(element_type), size
+        return head
 
     def julia_array(self, container: Any, key: Any, value: JuliaArray, path: str) -> None:
         size = [self.int64(n) for n in value.shape]
@@ -417,14 +403,6 @@ _BY_TYPE: dict[type, Callable[[Lowerer, Any, str], Any]] = {
     **twins.LOWER,
 }
 _BUILT_IN = (str, int, float, complex, bytes, bytearray)  # subclasses are saved as these
-
-
-def _array_advice(dtype: np.dtype[Any]) -> str:
-    if dtype.names:
-        return f"save the fields of {dtype} as a dict of arrays"
-    if dtype.kind in "OUS":
-        return "save it as a list: array.tolist()"
-    return f"there is no Julia type for {dtype}; convert it, for example to float64"
 
 
 def _advice(value: Any) -> str:

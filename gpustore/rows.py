@@ -7,6 +7,7 @@ made of it, as a matrix of bytes. Nodes of a row share their `type` and `size` o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ from gpustore.layout import (
     DIGEST_ELEMENT,
     INT32,
     ROW_NBYTES,
-    Payload,
     Slot,
 )
 
@@ -42,6 +42,7 @@ class Row(NamedTuple):
     names: list[str]
     nodes: list[dict[str, Any]]
     end: int  # the offset just after the last element
+    placed: tuple[int, int] | None  # from where to where detached payloads lie
 
 
 def pitch_at(buffer: Any, start: int, name_end: int, limit: int) -> int | None:
@@ -89,9 +90,14 @@ def read(
     except UnicodeDecodeError:
         return None
     offsets = range(start, start + count * pitch, pitch)
+    placed = None
     if is_detached:
-        places = np.frombuffer(matrix[:count, varied].tobytes(), "<i8").tolist()
-        contents: Any = [{**data, "offset": place} for place in map(type(data["offset"]), places)]
+        places = np.frombuffer(matrix[:count, varied].tobytes(), "<i8")
+        nbytes = data["nbytes"]
+        if not _is_placed_well(places, nbytes, data["offset"]):
+            return None
+        contents: Any = map(Slot._make, zip(places.tolist(), itertools.repeat(int(nbytes))))
+        placed = int(places[0]), int(places[-1]) + nbytes
     else:
         contents = _column(matrix[:count, varied], offsets, varied.start, data)
     checks = _column(matrix[:count, digests], offsets, digests.start, digest)
@@ -99,7 +105,16 @@ def read(
         {**first, "data": content, "blake3": check}
         for content, check in zip(contents, checks, strict=True)
     ]
-    return Row(names, nodes, offsets.stop)
+    return Row(names, nodes, offsets.stop, placed)
+
+
+def _is_placed_well(places: Any, nbytes: Any, offset: Any) -> bool:
+    """Whether 64-bit offsets of payloads are aligned, and each behind the one before."""
+    are_64_bit = all(isinstance(n, int) and type(n) not in (int, bool) for n in (nbytes, offset))
+    if not are_64_bit or not 0 <= nbytes <= ROW_NBYTES:
+        return False
+    is_well: bool = (places[1:] - places[:-1] >= nbytes).all() and not (places % 64).any()
+    return is_well and bool(places[0] >= 0)
 
 
 def _column(matrix: Any, offsets: range, at: int, like: Any) -> list[Any]:
@@ -118,15 +133,10 @@ def _nbytes(binary: Any) -> int:
 
 def is_small(nodes: list[dict[str, Any]]) -> bool:
     """Whether array documents that share type and size have nothing else than a small payload."""
-    payloads = [node.get("data") for node in nodes if len(node) == 4]
-    first: Any = payloads[0] if len(payloads) == len(nodes) else None
-    return isinstance(first, Payload) and all(
-        type(payload) is Payload
-        and payload.content is not None
-        and payload.nbytes == first.nbytes
-        and not payload.is_bare
-        for payload in payloads
-    )
+    payloads: list[Any] = [node.get("data") for node in nodes if len(node) == 4]
+    if len(payloads) < len(nodes) or {*map(type, payloads)} != {np.ndarray}:
+        return False
+    return len({payload.nbytes for payload in payloads}) == 1
 
 
 def stacked(contents: list[Any]) -> Any:

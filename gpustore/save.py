@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
+
 from gpustore import devices, document, ring, storage, transfer, tree
 from gpustore.digest import hasher
 from gpustore.document import PAYLOAD_DIGEST, STRUCTURE_DIGEST, Payload, Plan, Slot
@@ -129,7 +131,7 @@ def paused_collector() -> Iterator[None]:
 def plan_of(root: Any, *, tag_devices: bool, layout: str = "auto") -> Plan:
     """Lower `root` and lay the file out; nothing is written."""
 
-    def make_payload(array: Any, order: str) -> Payload:
+    def make_payload(array: Any, order: str) -> Payload | NDArray[Any]:
         return transfer.payload_of(array, numpy_dtype(array), order)
 
     column_major, spelling = _surveyed(root)
@@ -173,8 +175,7 @@ def _spelling_of(node: Any) -> frozenset[str] | None:
 def _lower_root(lowerer: Lowerer, root: Any) -> dict[str, Any]:
     if type(root) in (dict, Entries) and is_document(root):
         node: Any = {}
-        for key, child in root.items():
-            lowerer.put(node, lowerer.text(key, "an entry's name"), child, key)
+        lowerer.put_named(node, root, "an entry's name", str)
     else:
         holder: dict[str, Any] = {}
         lowerer.put(holder, "value", root, "value")

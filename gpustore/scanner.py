@@ -28,6 +28,7 @@ class Scanner:
     def __init__(self, buffer: Any, name: str, slot_nbytes: int, origin: int = 0) -> None:
         self.buffer, self.name, self.slot_nbytes = buffer, name, slot_nbytes
         self.origin = origin  # where in the file the buffer begins
+        self.placed: list[tuple[int, int]] = []  # from where to where the payloads of rows lie
         int64()
 
     def where(self, position: int) -> str:
@@ -122,6 +123,8 @@ class Scanner:
             return end
         keys.extend(row.names)
         values.extend(row.nodes)
+        if row.placed is not None:
+            self.placed.append(row.placed)
         return row.end
 
     def name_end(self, position: int, limit: int) -> int:

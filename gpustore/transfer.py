@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpustore import devices, staging
 from gpustore.layout import SMALL_NBYTES, Payload
@@ -18,16 +19,17 @@ _PLAIN = frozenset(
 )
 
 
-def payload_of(array: Any, dtype: np.dtype[Any], order: str) -> Payload:
+def payload_of(array: Any, dtype: np.dtype[Any], order: str) -> Payload | NDArray[Any]:
     """Return the payload of an array on any device: its little-endian bytes in `order` "C" or "F".
 
     Nothing is copied until `chunks()` is consumed; a GPU array is then brought to the host whole,
-    a host array that lies as it is to be written is not copied at all, others chunk by chunk.
+    a host array that lies as it is to be written is not copied at all, others chunk by chunk. A
+    small array that lies so is its own payload: a C-contiguous view of it.
     """
     if type(array) is np.ndarray and 0 < array.nbytes <= SMALL_NBYTES and dtype in _PLAIN:
         content = array.T if order == "F" else array
         if content.flags.c_contiguous:
-            return Payload(array.nbytes, None, False, content)
+            return content
     dtype = dtype.newbyteorder("<")
     nbytes = math.prod(int(size) for size in array.shape) * dtype.itemsize
 

@@ -57,6 +57,7 @@ ORDER = [
     "twins",
     "lift",
     "typeof",
+    "arrays",
     "lower",
     "transfer",
     "ring",

@@ -1,0 +1,107 @@
+"""Arrays -> array documents: one by one, and rows of small ones alike at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from gpustore import rows, twins
+from gpustore.document import Payload
+from gpustore.julia import JuliaType, Struct, element_type_of, is_of_both_orders
+from gpustore.typeof import array_type, numpy_dtype
+from gpustore.values import Origin, origin_of
+
+
+def lower(lowerer: Any, container: Any, key: Any, value: Any, path: str) -> None:
+    """Lower an array of any device into container[key], in Julia's memory order or turned to it."""
+    dtype = numpy_dtype(value)
+    known = lowerer.kinds.get(dtype) or element_type_of(dtype)
+    if known is None:
+        raise lowerer.refuse(path, value, _advice(dtype))
+    lowerer.kinds[dtype] = known
+    if hasattr(value, "mask") and isinstance(value, np.ndarray):
+        raise lowerer.refuse(path, value, "its mask would be lost; save .data and .mask")
+    twin = origin_of(value)
+    if twin is not None:
+        _original(lowerer, container, key, value, twin)
+        return
+    flags = getattr(value, "flags", None)
+    is_column_major = getattr(flags, "f_contiguous", False) or is_of_both_orders(value.shape)
+    if is_column_major or id(value) in lowerer.column_major:
+        container[key] = lowerer.array_node(value, known, value.shape, "F")
+        lowerer.places[id(value)] = (container, key, value)
+        return
+    parent = lowerer.array_node(value, known, value.shape[::-1], "C")
+    order = tuple(range(len(value.shape), 0, -1))
+    whole = array_type(value)
+    permuted = JuliaType.named(
+        "Base.PermutedDimsArrays.PermutedDimsArray",
+        *whole.params, order, order, whole,
+    )  # fmt: skip
+    lowerer.place(container, key, value, lowerer.struct(permuted, [parent]))
+
+
+def _original(lowerer: Any, container: Any, key: Any, value: Any, twin: Any) -> None:
+    """Write an array as what it was in its file: a bare binary, or the bits of a BitArray."""
+    if isinstance(twin, Struct):
+        twins.lower_bit_array(lowerer, container, key, value, twin)
+        return
+    payload = lowerer.make_payload(value, "F")
+    if isinstance(payload, Payload):
+        bare = dataclasses.replace(payload, is_bare=True)
+    else:
+        bare = Payload(payload.nbytes, None, is_bare=True, content=payload)
+    lowerer.place(container, key, value, bare)
+
+
+def alike(values: list[Any]) -> Iterator[tuple[int, int]]:
+    """Yield where rows of NumPy arrays of one dtype and shape begin and end."""
+    if len(values) < rows.FEWEST:
+        return
+    kinds = [(one.dtype, one.shape) if type(one) is np.ndarray else None for one in values]
+    start = 0
+    for kind, members in itertools.groupby(kinds):
+        stop = start + sum(1 for _ in members)
+        if kind is not None and stop - start >= rows.FEWEST:
+            yield start, stop
+        start = stop
+
+
+def lower_row(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> bool:
+    """Lower small NumPy arrays of one dtype and shape, each as `lower` does; False if they cannot.
+
+    They are met for the first time here, and lie column-major.
+    """
+    first, ids = arrays[0], list(map(id, arrays))
+    known = element_type_of(first.dtype)
+    if known is None or known[1] is not None or type(lowerer.make_payload(first, "F")) is Payload:
+        return False
+    if len(set(ids)) < len(ids) or not lowerer.places.keys().isdisjoint(ids):
+        return False
+    if any(type(array.base) is Origin for array in arrays):
+        return False
+    contents = arrays if first.ndim == 1 else [array.T for array in arrays]
+    try:
+        b"".join(contents)
+    except TypeError:  # one is not contiguous
+        return False
+    kind, size = lowerer.head(known[0], first.dtype, first.shape)
+    nodes = [{"tag": "array", "type": kind, "size": size, "data": one} for one in contents]
+    if type(node) is dict:
+        node.update(zip(keys, nodes, strict=True))
+    else:
+        node[keys[0] : keys[-1] + 1] = nodes
+    lowerer.places.update(zip(ids, zip(itertools.repeat(node), keys, arrays), strict=True))
+    return True
+
+
+def _advice(dtype: np.dtype[Any]) -> str:
+    if dtype.names:
+        return f"save the fields of {dtype} as a dict of arrays"
+    if dtype.kind in "OUS":
+        return "save it as a list: array.tolist()"
+    return f"there is no Julia type for {dtype}; convert it, for example to float64"
