@@ -39,5 +39,12 @@ def blake3_digest(buffer: Any, *, threads: int | None = None) -> bytes:
 
 def digests(rows: Any) -> list[bytes]:
     """Return the digest of each row of a matrix of bytes."""
-    whole, nbytes = rows.tobytes(), rows.shape[1]
-    return [blake3(whole[i * nbytes : (i + 1) * nbytes]).digest() for i in range(len(rows))]
+    return [hashed.digest() for hashed in map(blake3, contents(rows))]
+
+
+def contents(rows: Any) -> list[bytes]:
+    """Return the bytes of each row of a matrix of bytes."""
+    if rows.shape[1] == 0:
+        return [b""] * len(rows)
+    whole: list[bytes] = np.ascontiguousarray(rows).view(f"V{rows.shape[1]}").ravel().tolist()
+    return whole

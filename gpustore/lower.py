@@ -147,8 +147,11 @@ class Lowerer:
     def put_named(
         self, node: dict[str, Any], value: dict[str, Any], path: str, path_of: Callable[[str], str]
     ) -> None:
-        for name in value:
-            self.text(name, path)
+        try:
+            "".join(value).encode()
+        except UnicodeEncodeError:
+            for name in value:
+                self.text(name, path)  # raises for the first one
         self.put_all(node, list(value), list(value.values()), path_of)
 
     def put_all(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpustore.digest import DIGEST_NBYTES, digests
+from gpustore.digest import DIGEST_NBYTES, contents, digests
 from gpustore.layout import (
     DETACHED_TAIL,
     DIGEST_ELEMENT,
@@ -96,14 +96,14 @@ def read(
         nbytes = data["nbytes"]
         if not _is_placed_well(places, nbytes, data["offset"]):
             return None
-        contents: Any = map(Slot._make, zip(places.tolist(), itertools.repeat(int(nbytes))))
+        payloads: Any = map(Slot._make, zip(places.tolist(), itertools.repeat(int(nbytes))))
         placed = int(places[0]), int(places[-1]) + nbytes
     else:
-        contents = _column(matrix[:count, varied], offsets, varied.start, data)
+        payloads = _column(matrix[:count, varied], offsets, varied.start, data)
     checks = _column(matrix[:count, digests], offsets, digests.start, digest)
     nodes = [
-        {**first, "data": content, "blake3": check}
-        for content, check in zip(contents, checks, strict=True)
+        {**first, "data": payload, "blake3": check}
+        for payload, check in zip(payloads, checks, strict=True)
     ]
     return Row(names, nodes, offsets.stop, placed)
 
@@ -121,10 +121,7 @@ def _column(matrix: Any, offsets: range, at: int, like: Any) -> list[Any]:
     """Return the binaries of a column: slots where the first one is a slot, else their bytes."""
     if type(like) is Slot:
         return [Slot(offset + at, like.nbytes) for offset in offsets]
-    nbytes, whole = matrix.shape[1], matrix.tobytes()
-    if nbytes == 0:
-        return [b""] * len(offsets)
-    return [whole[i : i + nbytes] for i in range(0, len(whole), nbytes)]
+    return contents(matrix)
 
 
 def _nbytes(binary: Any) -> int:
