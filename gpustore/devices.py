@@ -173,6 +173,19 @@ def to_host(array: Any) -> NDArray[Any]:
         ) from error
 
 
+def memory_of(array: Any) -> Any:
+    """Return a key that two tensors have in common which are the same memory, as tied weights are.
+
+    Other arrays are themselves only.
+    """
+    try:
+        place = array.data_ptr(), tuple(array.stride())
+    except (AttributeError, RuntimeError):  # no tensor, or one that is not dense
+        return id(array)
+    kind = tuple(array.shape), str(array.dtype), str(array.device)
+    return (*place, *kind) if all(array.shape) else id(array)
+
+
 def to_device(array: Any, device: str) -> Any:
     """Return the array on `device`, memory order kept; the same object if it is there already.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import devices, document, foreign, notebook, tree
+from gpustore import devices, document, foreign, interop, notebook, tree
 from gpustore.document import FORMAT_VERSION, Slot
 from gpustore.errors import (
     DeviceDataLostError,
@@ -38,6 +38,7 @@ def load(
     mmap: bool = True,
     lost: str = "error",
     functions: Mapping[str, Callable[..., Any]] | None = None,
+    framework: str | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Load a `.bson` file of gpustore or Julia: all entries, the one named, or a tuple of several.
@@ -48,7 +49,8 @@ def load(
     a private copy). `verify` checks every digest: in device memory of what is placed there, in the
     file of the rest. `lost`: "error", or "placeholder" for a LostArray where Julia saved a GPU
     pointer. `functions` are Python functions for those of Julia that the file calls by name:
-    {"Main.normalise": f}. `progress(done, total)` counts bytes.
+    {"Main.normalise": f}. `framework`: "torch" or "jax" gives their arrays of the same memory, see
+    `interop.in_framework`. `progress(done, total)` counts bytes.
 
     Raises FormatError or TruncatedFileError for what is no such file, EntryNotFoundError,
     CUDAUnavailableError (before anything large is read), DeviceDataLostError, IntegrityError.
@@ -78,6 +80,8 @@ def load(
     if lost == "error" and lifter.has_lost:
         _refuse_lost(root, names, file.path)
     root = arrays.placed(root, report, check)
+    if framework is not None:
+        root = interop.in_framework(root, framework)
     if progress is not None:
         progress(file.nbytes, file.nbytes)
     if len(names) == 1:

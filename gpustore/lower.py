@@ -63,6 +63,7 @@ class Lowerer:
         self.places: dict[int, tuple[Any, Any, Any]] = {}  # id -> container, key, the object
         self.encoded: dict[JuliaType, Encoded] = {}
         self.functions: dict[str, Encoded] = {}
+        self.memories: dict[Any, Any] = {}  # what a tensor lies in -> the first of that
         self.heads: dict[Any, tuple[Encoded, Encoded]] = {}  # dtype and shape -> `type` and `size`
         self.kinds: dict[np.dtype[Any], tuple[JuliaType, str | None]] = {}
         self.int64 = document.int64()
@@ -112,7 +113,9 @@ class Lowerer:
             node = self.place(container, key, value, [None] * len(value))
             self.put_all(node, list(range(len(value))), value, lambda i: f"{path}[{i}]")
         elif devices.is_array(value):
-            arrays.lower(self, container, key, value, path)
+            first = self.memories.setdefault(devices.memory_of(value), value)
+            if first is value or not self.is_met(container, key, first):
+                arrays.lower(self, container, key, value, path)
         elif flux.kind_of(value) is not None:
             self.instance(container, key, value, path)
         elif isinstance(value, OpaqueDocument):

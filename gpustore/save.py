@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +83,14 @@ def save(
     write_plan(path, plan, durable, progress)
 
 
+_ENTRIES = (dict, Entries, OrderedDict)
+
+
 def _root(value: Any, named: dict[str, Any]) -> Any:
     """Return what the file holds: a dict of entries, or one other value."""
     if value is None and named:
         return named
-    is_entries = type(value) in (dict, Entries) and all(type(key) is str for key in value)
+    is_entries = type(value) in _ENTRIES and all(type(key) is str for key in value)
     if not named:
         return copy.copy(value) if is_entries else value
     if not is_entries:
@@ -173,7 +177,7 @@ def _spelling_of(node: Any) -> frozenset[str] | None:
 
 
 def _lower_root(lowerer: Lowerer, root: Any) -> dict[str, Any]:
-    if type(root) in (dict, Entries) and is_document(root):
+    if type(root) in _ENTRIES and is_document(root):
         node: Any = {}
         lowerer.put_named(node, root, "an entry's name", str)
     else:

@@ -62,6 +62,8 @@ ORDER = [
     "transfer",
     "ring",
     "placement",
+    "torch_modules",
+    "interop",
     "save",
     "verify",
     "load",
