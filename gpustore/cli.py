@@ -1,4 +1,4 @@
-"""The command `gpustore`: inspect, verify, cpu. Errors are one sentence and exit code 1."""
+"""The command `gpustore`. Errors are one sentence and exit code 1."""
 
 from __future__ import annotations
 
@@ -188,6 +188,20 @@ def cpu(file: str, output: str) -> None:
         with _progress("writing") as report:
             stored.save_for_cpu(output, report)
     click.echo(f"{output}: written, {_arrays(len(stored.arrays))} for the CPU")
+
+
+@cli.command()
+@click.argument("source", type=_FILE)
+@click.argument("target", type=_FILE)
+@click.option("--arrays-only", is_flag=True, help="Leave out what TARGET's kind cannot hold.")
+@click.option("--unshare", is_flag=True, help="Write an array that is in two places twice.")
+def convert(source: str, target: str, arrays_only: bool, unshare: bool) -> None:
+    """Write SOURCE as TARGET: each a .bson, .safetensors, .npz or .pt file, by its name."""
+    from gpustore.convert import convert as write  # what reads other kinds of files
+
+    with _progress("converting") as report:
+        count = write(source, target, arrays_only=arrays_only, unshare=unshare, progress=report)
+    click.echo(f"{target}: written, {_arrays(count)}")
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ _BINARY = (
     ),
     (
         rb"PK(?:\x03\x04|\x05\x06)",
-        "this is a zip archive (torch.save, numpy.savez and Keras write them); open it with the "
-        "library that wrote it",
+        "this is a zip archive (torch.save, numpy.savez and Keras write them); `gpustore convert` "
+        "makes a .bson of a .pt or .npz",
     ),
     (
         rb"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.",
@@ -32,7 +32,7 @@ _BINARY = (
     (rb"\x93NUMPY", "this is a NumPy .npy file; load it with numpy.load"),
     (
         rb"(?s).{4}\0{4}\{[\"\s}]",
-        "this is a safetensors file; load it with the safetensors package and save its tensors",
+        "this is a safetensors file; `gpustore convert` makes a .bson of it",
     ),
     (rb"GGUF", "this is a GGUF file; open it with the program it was made for"),
     (rb"\x1f\x8b\x08", "this is a gzip file; unpack it with gunzip first"),

@@ -32,7 +32,7 @@ def in_framework(x: Any, framework: str) -> Any:
     if convert is None:
         known = " or ".join(map(repr, _CONVERTERS))
         raise UnsupportedValueError(f"framework: expected {known}, found {framework!r}")
-    _imported(framework, framework)
+    imported(framework, framework)
     made: dict[int, Any] = {}
     for path, leaf in tree.walk_entries(x):
         if devices.is_array(leaf) and tree.is_numeric(leaf) and id(leaf) not in made:
@@ -48,7 +48,7 @@ def in_framework(x: Any, framework: str) -> Any:
 
 def tensor(array: Any) -> Any:
     """Return a PyTorch tensor of the same memory as a NumPy or CuPy array; its dtype is kept."""
-    torch = _imported("torch", "torch")
+    torch = imported("torch", "torch")
     name = array.dtype.name
     is_extension = array.dtype.kind == "V" or name.startswith(("bfloat16", "float8_"))
     bits = array.view(f"i{array.dtype.itemsize}") if is_extension else array
@@ -62,7 +62,7 @@ def tensor(array: Any) -> Any:
 
 
 def _jax_array(array: Any) -> Any:
-    numpy = _imported("jax.numpy", "jax")
+    numpy = imported("jax.numpy", "jax")
     try:
         return numpy.from_dlpack(array)
     except (
@@ -77,7 +77,8 @@ def _jax_array(array: Any) -> Any:
 _CONVERTERS: dict[str, Callable[[Any], Any]] = {"torch": tensor, "jax": _jax_array}
 
 
-def _imported(module: str, package: str) -> Any:
+def imported(module: str, package: str) -> Any:
+    """Return a module, or raise MissingExtraError, which says how to install it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -100,7 +101,7 @@ def to_torch(model: Any, *, ndim: int | None = None) -> Any:
     AlphaDropout, flatten and activation functions; UnsupportedValueError names any other layer by
     its path.
     """
-    nn = _imported("torch.nn", "torch")
+    nn = imported("torch.nn", "torch")
     from gpustore.torch_modules import Converter
 
     return Converter(nn, tensor, 0 if ndim is None else ndim - 2).module(model).eval()

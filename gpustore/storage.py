@@ -307,6 +307,26 @@ def replacing(
         _sync_folder(os.path.dirname(target))
 
 
+@contextlib.contextmanager
+def replacing_by_name(path: str | bytes | os.PathLike[str]) -> Iterator[str]:
+    """Give the name of a temporary that takes the place of `path`, for a library to write.
+
+    It is synced and renamed as in `replacing`; on any error the old file is as it was.
+    """
+    target, mode = _resolved(path)
+    temporary = _temporary_beside(target)
+    try:
+        with _created(temporary, target, mode) as descriptor:
+            yield temporary
+            os.fsync(descriptor)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the error that led here matters more
+            os.unlink(temporary)
+        raise
+    _sync_folder(os.path.dirname(target))
+
+
 def _resolved(path: str | bytes | os.PathLike[str]) -> tuple[str, int | None]:
     """Return the path with its links followed, and the permissions of the file that is there.
 

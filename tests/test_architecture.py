@@ -67,6 +67,8 @@ ORDER = [
     "save",
     "verify",
     "load",
+    "safetensors_format",
+    "convert",
     "fake_streams",
     "fake_cuda",
     "testing",
