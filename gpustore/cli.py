@@ -33,8 +33,8 @@ def cli() -> None:
 def inspect(file: str) -> None:
     """Show what FILE holds, without loading arrays: names, dtypes, shapes, devices, bytes."""
     with open_file(file) as stored:
-        click.echo(f"{stored.path}: {_size(stored.nbytes)}, {stored.origin}")
         value = stored.value(make_array=lambda spec, path: spec)
+        click.echo(f"{stored.path}: {_size(stored.nbytes)}, {stored.origin}")
         entries = value.items() if type(value) in (dict, Entries) else [("(the file)", value)]
         seen: set[int] = set()
         for name, child in entries:
@@ -187,7 +187,7 @@ def cpu(file: str, output: str) -> None:
             )
         with _progress("writing") as report:
             stored.save_for_cpu(output, report)
-    click.echo(f"{output}: written, {_arrays(len(stored.arrays))} for the CPU")
+        click.echo(f"{output}: written, {_arrays(len(stored.arrays))} for the CPU")
 
 
 @cli.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -212,15 +213,30 @@ class StoredFile(Mapping[str, Any]):
     """A file opened lazily: a read-only Mapping from entry names to values, lifted on demand.
 
     `arrays` lists every array with its path, dtype, shape, order, device, offset and digest;
-    `tags` counts the arrays of each device tag. Entries come on the CPU, whatever their tag.
+    `tags` counts the arrays of each device tag; both are found when they are first asked for.
+    Entries come on the CPU, whatever their tag. Opening checks the file's lengths and keys; what
+    its parts say is checked when they are read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file, self._content = _open(path, mmap=True, slot_nbytes=0)
+        self._file, self._content = _open(path, mmap=True, slot_nbytes=document.SLOT_NBYTES)
         self.path = self._file.path
         self.nbytes = self._file.nbytes
-        self.arrays: tuple[ArrayEntry, ...] = tuple(_list_arrays(self._file, self._content))
-        self.tags = dict(Counter(e.device for e in self.arrays if e.device != "cpu"))
+
+    @functools.cached_property
+    def _slots(self) -> dict[str, Any]:
+        """The document with a Slot for each binary, however small."""
+        return document.scan(self._file.buffer, name=self.path, slot_nbytes=0)
+
+    @functools.cached_property
+    def arrays(self) -> tuple[ArrayEntry, ...]:
+        """Every array of the file; raises FormatError where a part of it is malformed."""
+        return tuple(_list_arrays(self._file, self._slots))
+
+    @functools.cached_property
+    def tags(self) -> dict[str, int]:
+        """The number of arrays of each device tag."""
+        return dict(Counter(entry.device for entry in self.arrays if entry.device != "cpu"))
 
     def __enter__(self) -> StoredFile:
         return self
@@ -290,7 +306,7 @@ class StoredFile(Mapping[str, Any]):
 
     def save_for_cpu(self, path: str | os.PathLike[str], progress: Progress | None = None) -> None:
         """Write the file anew without device tags; all else it holds is kept as it is."""
-        save_document(path, self._content, self._file.buffer, progress)
+        save_document(path, self._slots, self._file.buffer, progress)
 
     def verify(self, progress: Progress | None = None) -> Verification:
         """Check every digest in the file and return what was found."""

@@ -53,7 +53,12 @@ def pitch_at(buffer: Any, start: int, name_end: int, limit: int) -> int | None:
     if nbytes <= len(_ARRAY_TAG) or start + FEWEST * pitch > limit or pitch > ROW_NBYTES:
         return None
     first = buffer[head[0] : head[1]]
-    is_row = first[4:] == _ARRAY_TAG and first == buffer[head[0] + pitch : head[1] + pitch]
+    digest = start + pitch - 1 - DIGEST_NBYTES
+    is_row = (
+        first[4:] == _ARRAY_TAG
+        and first == buffer[head[0] + pitch : head[1] + pitch]
+        and buffer[digest - len(DIGEST_ELEMENT) : digest] == DIGEST_ELEMENT
+    )
     return pitch if is_row else None
 
 

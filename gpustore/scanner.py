@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from typing import Any
+from typing import Any, cast
 
 from gpustore import rows
 from gpustore.encoder import int64
@@ -223,14 +223,14 @@ class Scanner:
 
         source = self.buffer if buffer is None else buffer
         with memoryview(source)[start:end] as document:
-            framed: Any = document
-            if is_array:
-                framed = INT32.pack(end - start + 7) + b"\x04\0" + document + b"\0"
-            try:
-                decoded: dict[str, Any] = bson.decode(framed)
-                is_same = len(bson.encode(decoded)) == len(framed)
+            try:  # an array as a document: its names need not be numbers from 0 on
+                decoded: dict[str, Any] = bson.decode(document)
+                is_same = len(bson.encode(decoded)) == end - start
             except (bson.errors.BSONError, ValueError, OverflowError, RecursionError) as error:
                 raise self.malformed(origin + start, f"PyMongo's codec says: {error}") from error
         if not is_same:  # of a key that is given twice the codec takes the last
             Scanner(source, self.name, 0, origin).document(start, end, 0, is_array)
-        return decoded[""] if is_array else decoded
+            if is_array:  # whose names BSON.jl ignores
+                framed = INT32.pack(end - start + 7) + b"\x04\0" + source[start:end] + b"\0"
+                return cast("list[Any]", bson.decode(framed)[""])
+        return list(decoded.values()) if is_array else decoded

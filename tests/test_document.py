@@ -142,3 +142,13 @@ def test_a_key_with_a_nul_character_is_refused():
 
 def test_blake3_has_the_official_value_for_the_empty_input():
     assert blake3_digest(b"").hex().startswith("af1349b9f5f9a1a6a0404dea36dcc949")
+
+
+@pytest.mark.parametrize("names", [(b"10", b"11"), (b"0", b"0")])
+def test_an_array_is_read_whatever_its_elements_are_called(names):
+    """BSON.jl ignores their names: numbers from 10 on, and one name for all."""
+    body = b"".join(b"\x10%b\0\x01\0\0\0" % name for name in names)
+    inner = struct.pack("<i", len(body) + 5) + body + b"\0"
+    outer = struct.pack("<i", len(inner) + 8) + b"\x04a\0" + inner + b"\0"
+    assert scan(outer) == scan(outer, slot_nbytes=0) == {"a": [1, 1]}
+    assert scan(outer, slot_nbytes=len(outer)) == {"a": [1, 1]}

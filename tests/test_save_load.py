@@ -288,6 +288,18 @@ def test_loading_reads_only_the_pages_it_needs(file):
     subprocess.run([sys.executable, "-c", code, str(file)], check=True)
 
 
+def test_opening_a_file_lists_no_array_until_asked(file):
+    gs.save(file, good=np.ones(3), bad=gs.JuliaType.named("Main.T"))
+    content = bson.decode(file.read_bytes())
+    content["bad"] = {"tag": "backref", "ref": 9}
+    file.write_bytes(bson.encode(content))
+    with gs.open_file(file) as stored:
+        assert list(stored) == ["good", "bad"]
+        assert stored["good"].tolist() == [1, 1, 1]
+        with pytest.raises(gs.FormatError, match="bad: expected a backref from 1 to 0, found 9"):
+            stored.arrays  # noqa: B018
+
+
 def test_reading_a_region_of_an_array(file):
     table = np.arange(12.0).reshape(3, 4)
     gs.save(file, nested={"table": table})
