@@ -53,11 +53,12 @@ class StructKind:
 
     def accepts(self, field: str, value: Any) -> bool:
         """Whether a file may hold `value` in this field."""
-        return all(
-            isinstance(value, kind) if isinstance(kind, tuple) else kind(value)
-            for name, kind in self.kinds
-            if name == field
-        )
+        for name, kind in self.kinds:
+            if name == field and not (
+                isinstance(value, kind) if isinstance(kind, tuple) else kind(value)
+            ):
+                return False
+        return True
 
 
 def _row(

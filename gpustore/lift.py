@@ -182,7 +182,7 @@ class Lifter:
         params = node.get("params")
         if params == [] or "params" not in node:
             return plain
-        lifted = self.type_params(self.resolve(params, path), path)
+        lifted = self.type_params(params, path)
         return (
             OpaqueDocument(node, self.source) if lifted is None else JuliaType(plain.path, lifted)
         )
@@ -222,6 +222,8 @@ class Lifter:
                 array = np.frombuffer(self.bytes_of(spec.payload), spec.dtype)
                 return tuple(array.tolist() if spec.dtype.char in "?l" else array)
             return None
+        if isinstance(params, dict) and params.get("tag") == "backref" and "ref" in params:
+            return self.type_params(self.resolve(params, path), path)
         raise self.malformed(path, "the parameters of a datatype document are not a list")
 
     def array(self, node: dict[str, Any], path: str) -> Any:
@@ -234,7 +236,9 @@ class Lifter:
 
     def struct(self, node: dict[str, Any], path: str) -> Any:
         julia_type = self.type_in(node, path)
-        content = self.field(node, "data", (list, bytes, Slot), path)
+        content = node.get("data")
+        if type(content) is not list:
+            content = self.field(node, "data", (list, bytes, Slot), path)
         if isinstance(julia_type, OpaqueDocument) and julia_type.document["tag"] == "jl_anonymous":
             return self.function(node, julia_type, content, path)
         if not isinstance(julia_type, (JuliaType, OpaqueDocument)):

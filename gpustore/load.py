@@ -67,7 +67,8 @@ def load(
         raise UnsupportedValueError(f"lost: expected 'error' or 'placeholder', found {lost!r}")
     choose = chooser(device)
     with paused_collector():
-        file, content = _open(path, mmap=mmap, slot_nbytes=document.SLOT_NBYTES)
+        file = _mapped(path, mmap=mmap)
+        content = _document(file)
         report = counted(progress, file.nbytes)
         check = _checker(file, report) if verify else None
         arrays = Placement(file, functions, choose, is_verified=verify)
@@ -78,7 +79,9 @@ def load(
             if check is not None:
                 check(())
             raise
-    if lost == "error" and lifter.has_lost:
+        has_lost = lifter.has_lost
+        del content, lifter  # so that the collector, let go, has little to go over
+    if lost == "error" and has_lost:
         _refuse_lost(root, names, file.path)
     root = arrays.placed(root, report, check)
     if framework is not None:
@@ -90,11 +93,16 @@ def load(
     return tuple(root[name] for name in names) if names else root
 
 
-def _open(path: Any, *, mmap: bool, slot_nbytes: int) -> tuple[MappedFile, dict[str, Any]]:
+def _mapped(path: Any, *, mmap: bool) -> MappedFile:
     file = MappedFile.open(path, mmap=mmap)
     kind = foreign.foreign_kind(bytes(file.buffer[:512]), file.nbytes)
     if kind is not None:
         raise FormatError(f"{file.path}: {kind}")
+    return file
+
+
+def _document(file: MappedFile) -> dict[str, Any]:
+    slot_nbytes = document.SLOT_NBYTES
     content = document.scan(file.buffer, name=file.path, slot_nbytes=slot_nbytes)
     stamp = content.get("_gpustore")
     version = stamp.get("version") if isinstance(stamp, dict) else None
@@ -103,7 +111,7 @@ def _open(path: Any, *, mmap: bool, slot_nbytes: int) -> tuple[MappedFile, dict[
             f"{file.path}: expected format version {FORMAT_VERSION} or older, found {version}; "
             "install a newer gpustore: pip install --upgrade gpustore"
         )
-    return file, content
+    return content
 
 
 def _is_object(content: dict[str, Any]) -> bool:
@@ -219,7 +227,8 @@ class StoredFile(Mapping[str, Any]):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file, self._content = _open(path, mmap=True, slot_nbytes=document.SLOT_NBYTES)
+        self._file = _mapped(path, mmap=True)
+        self._content = _document(self._file)
         self.path = self._file.path
         self.nbytes = self._file.nbytes
 
