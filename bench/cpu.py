@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -17,9 +18,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import bson
 import numpy as np
 from import_time import machine
 
@@ -28,6 +31,7 @@ from gpustore.digest import blake3_digest
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = 7
+DIRECT_PIECE = 8 * 1024 * 1024
 GIB = 2**30
 Figures = dict[str, float]
 
@@ -42,7 +46,13 @@ def settle(nbytes: int) -> None:
     np.ones(nbytes, np.uint8)
 
 
-def alternating(calls: dict[str, Callable[[], Any]], runs: int = RUNS, nbytes: int = 0) -> Figures:
+def alternating(
+    calls: dict[str, Callable[[], Any]],
+    runs: int = RUNS,
+    nbytes: int = 0,
+    *,
+    is_settled: bool = True,
+) -> Figures:
     """Return the median time of each call in ms, all of them in turn in each round.
 
     Each is given free memory of `nbytes` that was in use just before.
@@ -50,12 +60,13 @@ def alternating(calls: dict[str, Callable[[], Any]], runs: int = RUNS, nbytes: i
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(runs):
         for name, call in calls.items():
-            settle(nbytes)
+            if is_settled:
+                settle(nbytes)
             start = time.perf_counter()
             found = call()
             times[name].append((time.perf_counter() - start) * 1000)
             del found
-    return {name: round(statistics.median(found), 2) for name, found in times.items()}
+    return {name: round(statistics.median(found), 4) for name, found in times.items()}
 
 
 def optional(name: str) -> Any:
@@ -86,6 +97,29 @@ def plain_write(path: Path, arrays: dict[str, Any], *, is_durable: bool = False)
     os.close(descriptor)
 
 
+def plain_direct_write(path: Path, aligned: Any) -> None:
+    """Write page-aligned memory to a new preallocated file past the page cache, by two threads."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+    os.posix_fallocate(descriptor, 0, aligned.size)
+    with ThreadPoolExecutor(2) as threads:
+        starts = range(0, aligned.size, DIRECT_PIECE)
+        pieces = [(start, aligned[start : start + DIRECT_PIECE].data) for start in starts]
+        assert all(threads.map(lambda piece: os.pwrite(descriptor, piece[1], piece[0]), pieces))
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def page_aligned(arrays: dict[str, Any]) -> Any:
+    """Return the bytes of all arrays, up to whole pages, in memory that begins at a page."""
+    nbytes = sum(array.nbytes for array in arrays.values())
+    aligned, done = np.frombuffer(mmap.mmap(-1, -(-nbytes // 4096) * 4096), np.uint8), 0
+    for array in arrays.values():
+        aligned[done : done + array.nbytes] = array.reshape(-1).view(np.uint8)
+        done += array.nbytes
+    return aligned
+
+
 def rivals(folder: Path, arrays: dict[str, Any], layout: str = "auto") -> Figures:
     """Return what saving and loading of row-major arrays takes, here, there, and at least."""
     ours, theirs, plain = (folder / name for name in ("ours", "theirs", "plain"))
@@ -102,6 +136,9 @@ def rivals(folder: Path, arrays: dict[str, Any], layout: str = "auto") -> Figure
         "verified load": lambda: gs.load(ours, verify=True),
         "BLAKE3": lambda: [blake3_digest(array) for array in arrays.values()],
     }
+    if hasattr(os, "O_DIRECT") and sum(array.nbytes for array in arrays.values()) >= GIB:
+        aligned = page_aligned(arrays)
+        calls["plain O_DIRECT write"] = lambda: plain_direct_write(plain, aligned)
     if numpys is not None:
         numpys.save_file(arrays, theirs)
         calls["safetensors save"] = lambda: numpys.save_file(arrays, theirs)
@@ -116,6 +153,7 @@ def rivals(folder: Path, arrays: dict[str, Any], layout: str = "auto") -> Figure
             "save: share of the plain write": ("plain write", "save"),
             "durable save: times faster than safetensors": ("safetensors save", "durable save"),
             "durable save: share of the plain one": ("plain durable write", "durable save"),
+            "durable save: share of O_DIRECT": ("plain O_DIRECT write", "durable save"),
             "load: times faster than safetensors": ("safetensors load", "load"),
             "load: times faster than safetensors.torch": ("safetensors.torch load", "load"),
             "verified load: share of BLAKE3": ("BLAKE3", "verified load"),
@@ -144,6 +182,31 @@ def orders(folder: Path) -> Figures:
     )
     share = ("layers, column-major", "layers, row-major")
     return ratios(found, {"row-major in layers: share of the speed": share})
+
+
+def opening(folder: Path) -> Figures:
+    """Return what opening the files of Julia's takes beside PyMongo's decoder, over all of them."""
+    files = sorted((Path(__file__).parents[1] / "tests/fixtures/julia").glob("*.bson"))
+    found: dict[str, list[float]] = {}
+    for file in files:
+        octets = file.read_bytes()
+        octets = octets[: int.from_bytes(octets[:4], "little")]
+        times = alternating(
+            {
+                "PyMongo's decoder": lambda octets=octets: bson.decode(octets),
+                "open_file": lambda file=file: gs.open_file(file),
+                "load": lambda file=file: gs.load(file, lost="placeholder"),
+            },
+            is_settled=False,
+        )
+        for name, value in times.items():
+            found.setdefault(name, []).append(value)
+    totals: Figures = {"files": len(files)} | {k: round(sum(v), 2) for k, v in found.items()}
+    for name in ("open_file", "load"):
+        pairs = zip(found[name], found["PyMongo's decoder"], strict=True)
+        shares = [one / other for one, other in pairs]
+        totals[f"{name}: times the decoder, median file"] = round(statistics.median(shares), 2)
+    return totals
 
 
 def chains(folder: Path) -> Figures:
@@ -243,7 +306,7 @@ def table(results: dict[str, Figures]) -> str:
     for case, found in results.items():
         lines += ["", case]
         for name, value in found.items():
-            is_time = ":" not in name and "," not in name and name != "GiB"
+            is_time = ":" not in name and "," not in name and name not in ("GiB", "files")
             lines.append(f"  {name:46} {value:10.2f}{' ms' if is_time else ''}")
     return "\n".join(lines[1:])
 
@@ -294,6 +357,7 @@ def main() -> None:
         del arrays
         results["10,000 arrays of 128 bytes"] = rivals(folder, tiny(10_000))
         results["the same, detached"] = rivals(folder, tiny(10_000), "detached")
+        results["Julia's files of the tests"] = opening(folder)
         results["Chain of 1,000 Dense(16, 16) beside a dict of its arrays"] = chains(folder)
         results["1 GiB in each memory order"] = orders(folder)
         results["growth"] = growth(folder)

@@ -24,7 +24,8 @@ from gpustore import devices, gds, kernels, staging
 from gpustore.digest import hasher
 from gpustore.errors import DeviceMemoryError
 from gpustore.layout import Payload
-from gpustore.storage import NO_FILE, NewFile, Reader
+from gpustore.newfile import NewFile
+from gpustore.storage import NO_FILE, Reader
 
 GROUP_NBYTES = 256 * 1024  # arrays below this size share a copy
 _ALIGNMENT = 256  # of the arrays in a group, as cudaMalloc aligns

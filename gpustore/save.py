@@ -19,6 +19,7 @@ from gpustore.errors import UnsupportedValueError
 from gpustore.flux import in_layout, kind_of
 from gpustore.julia import JuliaType
 from gpustore.lower import Lowerer
+from gpustore.newfile import NewFile
 from gpustore.twins import is_document
 from gpustore.typeof import numpy_dtype
 from gpustore.values import Entries
@@ -207,7 +208,7 @@ def write_plan(
         write(file, out, plan, beside)
 
 
-def _write_device_arrays(file: storage.NewFile, out: _Output, plan: Plan) -> None:
+def _write_device_arrays(file: NewFile, out: _Output, plan: Plan) -> None:
     """Write large arrays of devices before all else, at their places."""
     if all(payload.device_array is None for payload in plan.payloads):
         return
@@ -259,7 +260,7 @@ def _stream_hashed(payload: Payload, out: _Output, beside: ThreadPoolExecutor | 
 
 
 def _write_inline(
-    file: storage.NewFile, out: _Output, plan: Plan, beside: ThreadPoolExecutor | None
+    file: NewFile, out: _Output, plan: Plan, beside: ThreadPoolExecutor | None
 ) -> None:
     """Write structures and payloads in turn; the digest of a payload follows it."""
     whole = hasher()
@@ -282,7 +283,7 @@ def _write_inline(
 
 
 def _write_detached(
-    file: storage.NewFile, out: _Output, plan: Plan, beside: ThreadPoolExecutor | None
+    file: NewFile, out: _Output, plan: Plan, beside: ThreadPoolExecutor | None
 ) -> None:
     """Stream the payloads to their places, then the document, which holds their digests."""
     (structure,) = plan.structures
@@ -312,7 +313,7 @@ def _write_detached(
 class _Output:
     """Gathers small pieces into writes of `_GATHER_NBYTES`, and reports what is written."""
 
-    def __init__(self, file: storage.NewFile, nbytes: int, progress: Progress | None) -> None:
+    def __init__(self, file: NewFile, nbytes: int, progress: Progress | None) -> None:
         self.file, self.nbytes, self.progress = file, nbytes, progress
         self.done, self.gathered = 0, bytearray()
 

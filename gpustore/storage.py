@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gpustore.errors import FormatError, TruncatedFileError, UnsupportedValueError
+from gpustore.newfile import NewFile, direct_writer
 
 # of <sys/mman.h>; Python has the name from 3.13 on
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -174,106 +175,14 @@ def _read(stream: BufferedReader) -> bytearray:
 # --- writing ----------------------------------------------------------------------------------
 
 
-class NewFile:
-    """The file that is being written in the place of another; `written` counts its bytes."""
-
-    __slots__ = ("_nbytes", "descriptor", "target", "written")
-
-    def __init__(self, descriptor: int, nbytes: int, target: str) -> None:
-        self.descriptor, self._nbytes, self.target = descriptor, nbytes, target
-        self.written = 0
-
-    def write(self, buffer: Any) -> None:
-        """Append all bytes of a C-contiguous buffer of any dtype."""
-        octets, done = np.frombuffer(buffer, np.uint8).data, 0
-        while done < octets.nbytes:  # one call writes 2 GiB at most, and less where it likes
-            with self._explained():
-                count = os.write(self.descriptor, octets[done:])
-                if count == 0:
-                    raise OSError(errno.EIO, "the file system took no bytes")
-            done += count
-        self.written += done
-
-    def write_at(self, buffer: Any, position: int) -> None:
-        """Write all bytes of a flat buffer of bytes at this place; `skip` counts them later.
-
-        For several threads at once; the place where `write` goes on stays as it is.
-        """
-        octets, done = memoryview(buffer), 0
-        while done < octets.nbytes:
-            with self._explained():
-                count = os.pwrite(self.descriptor, octets[done:], position + done)
-                if count == 0:
-                    raise OSError(errno.EIO, "the file system took no bytes")
-            done += count
-
-    def skip(self, nbytes: int) -> None:
-        """Go on writing after bytes that `write_at` has written here."""
-        with self._explained():
-            os.lseek(self.descriptor, nbytes, os.SEEK_CUR)
-        self.written += nbytes
-
-    def seek(self, position: int) -> None:
-        """Go on writing at this byte of the file."""
-        with self._explained():
-            os.lseek(self.descriptor, position, os.SEEK_SET)
-
-    def reserve(self) -> None:
-        """Have the space set aside: writing is faster, and a full disk shows before the work."""
-        if self._nbytes == 0 or not hasattr(os, "posix_fallocate"):
-            return
-        with self._explained():
-            # Where the file system lacks fallocate(2), glibc writes into every 4 KiB instead. It
-            # reads them first, as far as the file goes, so here it gives up at once with EBADF.
-            os.ftruncate(self.descriptor, min(self._nbytes, 4096))
-            try:
-                os.posix_fallocate(self.descriptor, 0, self._nbytes)
-            except OSError as error:
-                if error.errno not in _NO_FALLOCATE:
-                    raise
-
-    def finish(self, *, durable: bool) -> None:
-        """Check that all was written, and have it reach the disk."""
-        if self.written != self._nbytes:
-            raise AssertionError(
-                f"{self.target}: planned {self._nbytes} bytes, wrote {self.written}"
-            )
-        if durable:
-            with self._explained():
-                os.fsync(self.descriptor)
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Name the target in an error of the file system, and the numbers in one of space."""
-        try:
-            yield
-        except OSError as error:
-            sentence = error.strerror
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                sentence = (
-                    f"{sentence}: expected room for {self._nbytes} bytes, found {self._free()} "
-                    "free; make room or save elsewhere (nothing was changed)"
-                )
-            raise OSError(error.errno, sentence, self.target) from error
-
-    def _free(self) -> int:
-        """Return how many bytes there were before this file took its share."""
-        import shutil  # 2 ms, for this error only
-
-        held = getattr(os.fstat(self.descriptor), "st_blocks", 0) * 512
-        return shutil.disk_usage(os.path.dirname(self.target)).free + held
-
-
-_NO_FALLOCATE = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-
-
 @contextlib.contextmanager
 def replacing(
     path: str | bytes | os.PathLike[str], *, nbytes: int, durable: bool = True
 ) -> Iterator[NewFile]:
     """Give a NewFile that takes the place of `path` once `nbytes` bytes have been written.
 
-    It is a temporary in the same folder; with `durable` it is synced, renamed over the target, and
+    It is a temporary in the same folder; with `durable` it is written past the page cache where it
+    is large, synced, renamed over the target, and
     the folder synced. The permissions are those of the file replaced, or what the umask says. A
     symlink stays, its target is replaced. On any error the old file is as it was and the temporary
     gone; only if syncing the folder fails is the new file already in place.
@@ -294,10 +203,12 @@ def replacing(
             with _created(temporary, target, mode) as descriptor:
                 if os.name == "posix":  # keeps the lock until the file has its name
                     held.callback(os.close, os.dup(descriptor))
-                file = NewFile(descriptor, nbytes, target)
-                file.reserve()
-                yield file
-                file.finish(durable=durable)
+                past = direct_writer(temporary, descriptor, nbytes if durable else 0)
+                with past as writer:
+                    file = NewFile(descriptor, nbytes, target, writer)
+                    file.reserve()
+                    yield file
+                    file.finish(durable=durable)
             os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):  # the error that led here matters more

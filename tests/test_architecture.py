@@ -25,6 +25,7 @@ ORDER = [
     "encoder",
     "scanner",
     "document",
+    "newfile",
     "storage",
     "foreign",
     "tree",
