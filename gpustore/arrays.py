@@ -82,7 +82,7 @@ def lower_row(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> bo
         return False
     if len(set(ids)) < len(ids) or not lowerer.places.keys().isdisjoint(ids):
         return False
-    if any(type(array.base) is Origin for array in arrays):
+    if Origin in {type(array.base) for array in arrays}:
         return False
     contents = arrays if first.ndim == 1 else [array.T for array in arrays]
     try:

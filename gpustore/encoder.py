@@ -72,10 +72,8 @@ class Encoder:
         """Encode many elements, small arrays alike with names of one length as rows."""
         done = 0
         for start, stop in rows.shared(nodes):
-            edges = [
-                start,
-                *(i for i in range(start + 1, stop) if len(keys[i]) != len(keys[i - 1])),
-            ]
+            lengths = itertools.pairwise(map(len, keys[start:stop]))
+            edges = [start, *(i for i, (a, b) in enumerate(lengths, start + 1) if a != b)]
             for first, last in itertools.pairwise([*edges, stop]):
                 # the first one is encoded by itself: its padding may differ
                 if last - first <= _ROW or not rows.is_small(nodes[first:last]):

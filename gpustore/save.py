@@ -91,7 +91,7 @@ def _root(value: Any, named: dict[str, Any]) -> Any:
     """Return what the file holds: a dict of entries, or one other value."""
     if value is None and named:
         return named
-    is_entries = type(value) in _ENTRIES and all(type(key) is str for key in value)
+    is_entries = type(value) in _ENTRIES and {*map(type, value)} <= {str}
     if not named:
         return copy.copy(value) if is_entries else value
     if not is_entries:

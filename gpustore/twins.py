@@ -48,7 +48,7 @@ RESERVED_TAGS = frozenset(
 
 def is_document(value: dict[Any, Any]) -> bool:
     """Whether a dict can be written as a document, which Julia reads as a Dict{Symbol}."""
-    if not all(type(name) is str and "\0" not in name for name in value):
+    if not {*map(type, value)} <= {str} or "\0" in "".join(value):
         return False
     if "_backrefs" in value or "_gpustore" in value or "$ref" in value:
         return False
