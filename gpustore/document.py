@@ -33,8 +33,8 @@ from gpustore.scanner import Scanner
 
 __all__ = [
     "FORMAT_VERSION", "INLINE_LIMIT", "MAX_DEPTH", "MAX_NAME_NBYTES", "PAGE_ALIGNED_NBYTES",
-    "PAYLOAD_DIGEST", "SLOT_NBYTES", "STRUCTURE_DIGEST", "Encoded", "Payload", "Place", "Plan",
-    "Slot", "encode", "int64", "plan", "scan", "walk",
+    "PAYLOAD_DIGEST", "SLOT_NBYTES", "STRUCTURE_DIGEST", "Encoded", "Parts", "Payload", "Place",
+    "Plan", "Slot", "encode", "int64", "parts", "plan", "scan", "walk",
 ]  # fmt: skip
 
 
@@ -96,8 +96,49 @@ def scan(buffer: Any, *, name: str = "buffer", slot_nbytes: int = SLOT_NBYTES) -
     if isinstance(stamp, dict) and stamp.get("layout") == "detached":
         _attach(document, end, len(buffer), scanner)
     elif scanner.placed:
-        raise FormatError(f"{name}: arrays are said to lie after a document that has none there")
+        raise _nothing_behind(name)
     return document
+
+
+class Parts:
+    """The elements of an outermost document, each decoded when it is first asked for."""
+
+    def __init__(self, scanner: Scanner, spans: dict[str, tuple[int, int, int]]) -> None:
+        self._scanner, self._spans = scanner, spans
+        self._decoded: dict[str, Any] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._spans
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spans)
+
+    def document(self, *keys: str) -> dict[str, Any]:
+        """Return the document of these elements only, of those that there are."""
+        for key in self._spans.keys() & keys - self._decoded.keys():
+            kind, start, end = self._spans[key]
+            self._decoded[key], _ = self._scanner.value(kind, start, end, 0)
+        if self._scanner.placed:
+            raise _nothing_behind(self._scanner.name)
+        return {key: self._decoded[key] for key in keys if key in self._spans}
+
+
+def parts(buffer: Any, *, name: str = "buffer") -> Parts | None:
+    """Return the elements of the document that `scan` would decode whole.
+
+    None where it is to be scanned: payloads follow it, it has many elements, or is malformed.
+    """
+    scanner = Scanner(buffer, name, SLOT_NBYTES)
+    spans = scanner.spans()
+    if spans is None:
+        return None
+    found = Parts(scanner, spans)
+    stamp = found.document("_gpustore").get("_gpustore")
+    return None if isinstance(stamp, dict) and stamp.get("layout") == "detached" else found
+
+
+def _nothing_behind(name: str) -> FormatError:
+    return FormatError(f"{name}: arrays are said to lie after a document that has none there")
 
 
 def _attach(document: dict[str, Any], end: int, limit: int, scanner: Scanner) -> None:

@@ -104,14 +104,17 @@ def _mapped(path: Any, *, mmap: bool) -> MappedFile:
 def _document(file: MappedFile) -> dict[str, Any]:
     slot_nbytes = document.SLOT_NBYTES
     content = document.scan(file.buffer, name=file.path, slot_nbytes=slot_nbytes)
-    stamp = content.get("_gpustore")
+    _refuse_newer(file, content.get("_gpustore"))
+    return content
+
+
+def _refuse_newer(file: MappedFile, stamp: Any) -> None:
     version = stamp.get("version") if isinstance(stamp, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise FutureVersionError(
             f"{file.path}: expected format version {FORMAT_VERSION} or older, found {version}; "
             "install a newer gpustore: pip install --upgrade gpustore"
         )
-    return content
 
 
 def _is_object(content: dict[str, Any]) -> bool:
@@ -218,19 +221,32 @@ def _list_arrays(file: MappedFile, content: dict[str, Any]) -> list[ArrayEntry]:
 
 
 class StoredFile(Mapping[str, Any]):
-    """A file opened lazily: a read-only Mapping from entry names to values, lifted on demand.
+    """A file opened lazily: a read-only Mapping from entry names to values, read on demand.
 
     `arrays` lists every array with its path, dtype, shape, order, device, offset and digest;
     `tags` counts the arrays of each device tag; both are found when they are first asked for.
-    Entries come on the CPU, whatever their tag. Opening checks the file's lengths and keys; what
-    its parts say is checked when they are read.
+    Entries come on the CPU, whatever their tag. Opening looks at the outermost document only; what
+    is in an entry is checked when it is read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = _mapped(path, mmap=True)
-        self._content = _document(self._file)
-        self.path = self._file.path
-        self.nbytes = self._file.nbytes
+        self.path, self.nbytes = self._file.path, self._file.nbytes
+        self._parts = document.parts(self._file.buffer, name=self.path)
+        known = self._content if self._parts is None else self._parts.document("_gpustore")
+        self._stamp = known.get("_gpustore")
+        _refuse_newer(self._file, self._stamp)
+
+    @functools.cached_property
+    def _content(self) -> dict[str, Any]:
+        return _document(self._file)
+
+    def _part(self, name: str) -> dict[str, Any]:
+        """Return what one entry needs of the document; the whole of it where that is not known."""
+        parts = self._parts
+        if parts is None or name not in parts or "tag" in parts:
+            return self._content
+        return parts.document(name, "_backrefs")
 
     @functools.cached_property
     def _slots(self) -> dict[str, Any]:
@@ -260,7 +276,7 @@ class StoredFile(Mapping[str, Any]):
     @property
     def origin(self) -> str:
         """Who wrote the file, in words."""
-        stamp = self._content.get("_gpustore")
+        stamp = self._stamp
         if not isinstance(stamp, dict):
             return "no gpustore file (BSON.jl's, most likely)"
         return f"written by {stamp.get('writer')}, format {stamp.get('version')}"
@@ -272,12 +288,14 @@ class StoredFile(Mapping[str, Any]):
         return _entries(lifter, self._content, (), self.path)
 
     def __getitem__(self, name: str) -> Any:
-        lifter = Placement(self._file).lifter(self._content)
-        return _entries(lifter, self._content, (name,), self.path)[name]
+        content = self._part(name)
+        lifter = Placement(self._file).lifter(content)
+        return _entries(lifter, content, (name,), self.path)[name]
 
     def __iter__(self) -> Iterator[str]:
-        if not _is_object(self._content):
-            return iter([key for key in self._content if key not in RESERVED])
+        names = self._parts if self._parts is not None and "tag" not in self._parts else None
+        if names is not None or not _is_object(self._content):
+            return iter([key for key in names or self._content if key not in RESERVED])
         value = self.value()
         return iter(value if isinstance(value, dict) else ())
 

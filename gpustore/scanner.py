@@ -18,6 +18,8 @@ _FOREIGN_KINDS = {
 
 
 _FIXED_NBYTES = {0x01: 8, 0x08: 1, 0x0A: 0, 0x10: 4, 0x12: 8}
+_EXTRA_NBYTES = {0x02: 4, 0x03: 0, 0x04: 0, 0x05: 5}  # beside those that their length says
+_MANY = 256  # elements, for which reading them in rows is faster
 
 
 def _twice(keys: list[str]) -> str:
@@ -77,6 +79,33 @@ class Scanner:
                 end, f"a document of {nbytes} bytes ends {limit - end} bytes early"
             )
         return (values if is_array else dict(zip(keys, values, strict=True))), end
+
+    def spans(self) -> dict[str, tuple[int, int, int]] | None:
+        """Return kind, start and end of each value of the outermost document, decoding none.
+
+        None where there are many, or where a length does not say the end.
+        """
+        limit, position = self.int32(0, len(self.buffer)), 4
+        if limit < 5:
+            return None
+        self.need(0, limit, len(self.buffer))
+        found: dict[str, tuple[int, int, int]] = {}
+        while len(found) <= _MANY:
+            self.need(position, 1, limit)
+            kind = self.buffer[position]
+            if kind == 0:
+                return found if position + 1 == limit else None
+            name_end = self.name_end(position, limit)
+            key, start = self.text(position + 1, name_end), name_end + 1
+            nbytes = _FIXED_NBYTES.get(kind)
+            if nbytes is None and kind in _EXTRA_NBYTES:
+                nbytes = self.int32(start, limit) + _EXTRA_NBYTES[kind]
+            if key in found or nbytes is None or nbytes < _EXTRA_NBYTES.get(kind, 0):
+                return None
+            self.need(start, nbytes, limit)
+            position = start + nbytes
+            found[key] = kind, start, position
+        return None
 
     def elements(
         self, position: int, limit: int, depth: int, is_array: bool

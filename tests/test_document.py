@@ -152,3 +152,26 @@ def test_an_array_is_read_whatever_its_elements_are_called(names):
     outer = struct.pack("<i", len(inner) + 8) + b"\x04a\0" + inner + b"\0"
     assert scan(outer) == scan(outer, slot_nbytes=0) == {"a": [1, 1]}
     assert scan(outer, slot_nbytes=len(outer)) == {"a": [1, 1]}
+
+
+@given(testing.documents())
+def test_the_parts_of_a_document_are_those_of_the_whole(content):
+    whole = file_bytes(content)
+    parts = document.parts(whole)
+    assert parts is not None and list(parts) == [*content, "_gpustore"]
+    assert repr(parts.document(*parts)) == repr(scan(whole))
+    for key in content:
+        assert repr(parts.document(key, "absent")) == repr({key: scan(whole)[key]})
+
+
+def test_a_document_of_many_or_long_parts_is_scanned():
+    assert document.parts(bson.encode({str(n): n for n in range(300)})) is None
+    assert document.parts(file_bytes({"a": Payload(5, lambda: [b"12345"])})) is not None
+    detached = plan(
+        {"a": {"tag": "array", "data": Payload(9, lambda: [bytes(9)])}},
+        writer="t",
+        layout="detached",
+    )
+    assert document.parts(detached.structures[0]) is None
+    twice = bson.encode({"a": 1, "b": 2}).replace(b"b\0", b"a\0")
+    assert document.parts(twice) is None
