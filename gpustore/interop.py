@@ -47,7 +47,11 @@ def in_framework(x: Any, framework: str) -> Any:
 
 
 def tensor(array: Any) -> Any:
-    """Return a PyTorch tensor of the same memory as a NumPy or CuPy array; its dtype is kept."""
+    """Return a PyTorch tensor of the same memory as a NumPy or CuPy array; its dtype is kept.
+
+    Read-only arrays and those of negative strides are copied. Raises MissingExtraError without
+    PyTorch.
+    """
     torch = imported("torch", "torch")
     name = array.dtype.name
     is_extension = array.dtype.kind == "V" or name.startswith(("bfloat16", "float8_"))

@@ -20,7 +20,9 @@ from pathlib import Path
 
 from gpustore.testing import fake_cuda
 
-BLOCK = re.compile(r'^```(python|console)(?: title="([^"]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(
+    r'^```(python|console)(?: title="([^"]+)")?\n(.*?)^```', re.DOTALL | re.MULTILINE
+)
 GPUSTORE = [sys.executable, "-c", "import sys, gpustore.cli; sys.exit(gpustore.cli.main())"]
 
 
