@@ -1,8 +1,10 @@
-"""Hooks of MkDocs: what lies outside docs/ joins the site, and links to it lead there."""
+"""Hooks of MkDocs: what lies outside docs/ joins the site, and no page loads from elsewhere."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
@@ -23,3 +25,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     for link, place in JOINING.items():
         markdown = markdown.replace(f"]({link})", f"]({place})")
     return markdown
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    elsewhere = re.findall(
+        r"<(?:script|link|img|iframe)[^>]*(?:src|href)=.?https?://[^ >]*", output
+    )
+    if elsewhere:
+        raise PluginError(f"{page.file.src_uri}: loads {elsewhere[0]}; the site works offline")
+    return output
