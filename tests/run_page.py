@@ -45,7 +45,7 @@ def run_python(code: str, line: int, page: Path, namespace: dict[str, object]) -
 def run_console(text: str, page: Path) -> None:
     """Run the commands of a block and compare what they print with what stands below them."""
     for command, said in re.findall(r"^\$ (.*)\n((?:(?!\$ ).+\n)*)", text, re.MULTILINE):
-        program, *arguments = shlex.split(command)
+        program, *arguments = shlex.split(command, comments=True)
         start = {"gpustore": GPUSTORE, "python": [sys.executable]}[program]
         done = subprocess.run([*start, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, f"{page}: {command}: {done.stderr}"
