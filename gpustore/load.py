@@ -56,7 +56,7 @@ def load(
       `{"Main.normalise": f}`.
     - `framework`: "torch" or "jax" gives their arrays of the same memory, as
       `interop.in_framework` does.
-    - `progress(done, total)` is called with bytes, every few megabytes.
+    - `progress(done, total)` is called with bytes, as they are verified or copied.
 
     Raises FormatError or TruncatedFileError for what is no such file, FutureVersionError,
     EntryNotFoundError, CUDAUnavailableError (before anything large is read), DeviceDataLostError,

@@ -57,7 +57,7 @@ def save(
       them after it, for any size; "auto" is inline below 2 GiB.
     - `flux`: the version of Flux, such as "0.14", whose layout of layers is written; without it
       layers from a file keep theirs, others have the newest.
-    - `progress(done, total)` is called with bytes, every few megabytes.
+    - `progress(done, total)` is called with bytes, as they are written.
 
     Raises UnsupportedValueError, naming the path of a value that cannot be saved, before anything
     is written; DeviceMemoryError and DeviceError where a GPU fails; OSError where the file system

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
 
@@ -50,7 +51,7 @@ def folder(tmp_path, monkeypatch):
 
 def run_page(page: Path) -> None:
     run = [sys.executable, "-W", "error", str(ROOT / "tests" / "run_page.py"), str(page)]
-    done = subprocess.run(run, capture_output=True, text=True)
+    done = subprocess.run(run, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
 
 
@@ -79,9 +80,8 @@ def test_the_tutorials_model_is_trained_on_a_gpu_and_served_without(folder):
         names: dict[str, Any] = {}
         exec(compile(Path("train.py").read_text(), "train.py", "exec"), names)
         assert gs.device_of(names["model"]) == "cuda:0" and names["accuracy"] > 0.95
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     serve = [sys.executable, "-W", "error", "serve.py", "0"]
-    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True, env=environment) as server:
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as server:
         try:
             url = server.stdout.readline().split()[-1]
             status, answer = post(url, b"[[1, 1, 0, 0], [1, -1, 0, 0]]")
@@ -108,7 +108,7 @@ def post(url: str, body: bytes) -> tuple[int, Any]:
 def test_the_tests_that_the_page_for_ci_shows_pass(folder):
     run_page(ROOT / "docs" / "howto" / "ci.md")  # writes them
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "."]
-    done = subprocess.run(run, capture_output=True, text=True)
+    done = subprocess.run(run, capture_output=True, text=True, env=ENVIRONMENT)
     (passed,) = re.findall(r"^(\d+) passed", done.stdout, re.MULTILINE)
     assert done.returncode == 0 and int(passed) >= 5, done.stdout
 
@@ -121,9 +121,8 @@ def test_every_file_that_a_page_shows_is_run_by_a_test():
 
 
 def test_the_demo_prints_what_the_readme_says():
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     demo = [sys.executable, "-W", "error", str(ROOT / "docs" / "demo.py")]
-    shown = subprocess.run(demo, capture_output=True, text=True, check=True, env=environment).stdout
+    shown = subprocess.run(demo, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout
     (block,) = re.findall(r"`make demo` prints:\n\n```\n(.*?)```", README, re.DOTALL)
 
     def without_cupy(text: str) -> list[str]:  # what is said of CuPy depends on the machine
