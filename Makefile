@@ -53,7 +53,7 @@ lint: $(READY)
 docs:
 	$(PYTHON) -m venv .venvs/docs
 	.venvs/docs/bin/python $(PIP) --editable ".[docs]"
-	NO_MKDOCS_2_WARNING=1 .venvs/docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venvs/docs/bin/mkdocs build --strict
 
 # wheel and sdist: built, checked, tried from an empty folder in an empty environment
 package:
