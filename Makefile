@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long test-10k test-matrix test-kernels test-gpu bench bench-gpu lint package clean
+.PHONY: demo test test-long test-10k test-matrix test-kernels test-gpu bench bench-gpu lint docs package clean
 
 demo: $(READY)
 	$(BIN)/python docs/demo.py
@@ -49,6 +49,12 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/mypy tests/typed_usage.py
 
+# the site of the documentation, into site/: strictly, for use without a network
+docs:
+	$(PYTHON) -m venv .venvs/docs
+	.venvs/docs/bin/python $(PIP) --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 .venvs/docs/bin/mkdocs build --strict
+
 # wheel and sdist: built, checked, tried from an empty folder in an empty environment
 package:
 	PYTHON=$(PYTHON) .ci/package
@@ -60,4 +66,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venvs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venvs build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,6 +6,7 @@ python .ci/smoke.py README.md        # in an empty folder; nothing of the checko
 import importlib.metadata
 import importlib.resources
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -25,9 +26,7 @@ installed = Path(gpustore.__file__).parent
 assert installed.parent.name == "site-packages", f"not the installed package: {installed}"
 assert importlib.metadata.version("gpustore") == gpustore.__version__
 assert (importlib.resources.files("gpustore") / "py.typed").is_file()
-for command in (
-    ["inspect", "mymodel.bson"],
-    ["verify", "mymodel.bson"],
-    ["cpu", "mymodel.bson", "-o", "again.bson"],
-):
-    subprocess.run(["gpustore", *command], check=True)
+assert (importlib.resources.files("gpustore") / "cuda" / "blake3.cu").is_file()
+(commands,) = re.findall(r"```console\n(.*?)```", readme, re.DOTALL)
+for line in commands.splitlines():
+    subprocess.run(shlex.split(line.removeprefix("$ "), comments=True), check=True)

@@ -99,7 +99,9 @@ def logσ(x: Any) -> Any:
     return -softplus(-x)
 
 
-sigmoid, hardsigmoid, logsigmoid = σ, hardσ, logσ
+sigmoid = σ
+hardsigmoid = hardσ
+logsigmoid = logσ
 
 
 def _clipped(x: Any, low: float, high: float) -> Any:

@@ -20,6 +20,14 @@ class MultiHeadAttention(Shown):
     """Attention of several heads (Vaswani 2017): projections, and weights by their scaled products.
 
     The projections are layers such as Dense without bias; `attn_drop` a Dropout or a function.
+    q (features, q_len, batch), and k and v (features, kv_len, batch) where they are not q, give the
+    output (out, q_len, batch) and the attention (kv_len, q_len, nheads, batch).
+
+    >>> from gpustore import Dense
+    >>> parts = [Dense(8, 8, bias=False) for _ in range(4)]
+    >>> attend = MultiHeadAttention(2, *parts[:3], identity, parts[3])
+    >>> [part.shape for part in attend(np.ones((8, 5, 1), np.float32))]
+    [(8, 5, 1), (5, 5, 2, 1)]
     """
 
     nheads: int
@@ -67,7 +75,16 @@ def dot_product_attention(
     mask: Any = None,
     fdrop: Callable[[Any], Any] = identity,
 ) -> tuple[Any, Any]:
-    """Return softmax(k' q / sqrt(d)) applied to v, and its weights, as NNlib's of this name."""
+    """Return softmax(k' q / sqrt(d)) applied to v, and its weights, as NNlib's of this name.
+
+    q: (features, q_len, batch); k, v: (features, kv_len, batch). `bias` is added to the scores,
+    `mask` keeps those where it is true, `fdrop` goes over the weights: (kv_len, q_len, nheads,
+    batch).
+
+    >>> q, kv = np.ones((4, 3, 1)), np.ones((4, 5, 1))
+    >>> [part.shape for part in dot_product_attention(q, kv, kv, nheads=2)]
+    [(4, 3, 1), (5, 3, 2, 1)]
+    """
 
     def heads(x: Any) -> Any:  # (features, length, batch) -> (batch, heads, length, features)
         split = x.reshape((x.shape[0] // nheads, nheads, *x.shape[1:]), order="F")

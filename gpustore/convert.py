@@ -40,7 +40,13 @@ def convert(
     array in several places is written several times with `unshare`. Else UnsupportedValueError
     names them. A .pt file is read by PyTorch's `weights_only` loader, so no code of it runs; a
     .bson file is verified. Arrays are streamed, but for those of a .npz that is read. The target
-    appears whole or not at all.
+    appears whole or not at all. `progress(done, total)` is called with bytes.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.savez(f"{folder}/weights.npz", w=np.ones(3))
+    ...     convert(f"{folder}/weights.npz", f"{folder}/weights.bson")
+    1
     """
     kinds = _kind(source), _kind(target)
     if kinds[0] == kinds[1]:

@@ -22,7 +22,11 @@ from gpustore.notebook import Shown
 
 
 class SamePad:
-    """Padding that keeps width and height where the stride is 1; given as `pad=SamePad()`."""
+    """Padding that keeps width and height where the stride is 1; given as `pad=SamePad()`.
+
+    >>> Conv((3, 3), (1, 2), pad=SamePad())(np.ones((8, 8, 1, 1), np.float32)).shape
+    (8, 8, 2, 1)
+    """
 
     def __call__(self, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...]:
         amounts = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
@@ -170,11 +174,12 @@ class _Convolution(Shown):
 class Conv(_Convolution):
     """A convolution, its kernel flipped: weight (width..., in / groups, out).
 
+    x (width..., in, batch) gives (width..., out, batch); one width to three are taken.
     `Conv((3, 3), (in, out), σ)` makes the weight by `init`; `Conv(weight, bias, σ)` takes arrays.
     `pad` is one number, one per axis, low and high of each, or SamePad().
 
-    >>> Conv((3, 3), (3, 16), pad=1)
-    Conv((3, 3), (3, 16), pad=1)
+    >>> Conv((3, 3), (3, 16), pad=1)(np.ones((8, 8, 3, 2), np.float32)).shape
+    (8, 8, 16, 2)
     """
 
     σ: Any

@@ -43,6 +43,7 @@ class CUDAStatus:
 
     `cause` is None or one of "cupy-missing", "cupy-broken", "no-driver" (none, too old, or not
     working) and "no-device"; `message` is one sentence for the user, with the way out.
+    `device_count` is 0 where it is not available, `cupy_version` None without CuPy.
     """
 
     available: bool

@@ -29,12 +29,22 @@ def multiply(*xs: Any) -> Any:
 
 
 def vcat(*xs: Any) -> Any:
-    """Return the arrays one below the other: along the first axis."""
+    """Return the arrays one below the other: along the first axis.
+
+    >>> import gpustore as gs
+    >>> gs.vcat(np.ones((1, 3)), np.ones((2, 3))).shape
+    (3, 3)
+    """
     return np.concatenate([x if np.ndim(x) else x.reshape(1) for x in xs], axis=0)
 
 
 def hcat(*xs: Any) -> Any:
-    """Return the arrays side by side: along the second axis; vectors are columns."""
+    """Return the arrays side by side: along the second axis; vectors are columns.
+
+    >>> import gpustore as gs
+    >>> gs.hcat(np.ones(3), np.ones((3, 2))).shape
+    (3, 3)
+    """
     return np.concatenate([x if np.ndim(x) > 1 else x.reshape(-1, 1) for x in xs], axis=1)
 
 
@@ -69,12 +79,22 @@ def minimum_of(*xs: Any) -> Any:
 
 
 def flatten(x: Any) -> Any:
-    """Return an array (features..., batch) as a matrix (features, batch), as Flux.flatten."""
+    """Return an array (features..., batch) as a matrix (features, batch), as Flux.flatten.
+
+    >>> import gpustore as gs
+    >>> gs.flatten(np.ones((4, 4, 3, 2))).shape
+    (48, 2)
+    """
     return plain(x).reshape((-1, x.shape[-1]), order="F")
 
 
 def normalise(x: Any, *, axis: int | tuple[int, ...] = -1, eps: float = 1e-5) -> Any:
-    """Return `x` with mean 0 and deviation 1 along `axis`, as Flux.normalise."""
+    """Return `x` with mean 0 and deviation 1 along `axis`, as Flux.normalise.
+
+    >>> import gpustore as gs
+    >>> gs.normalise(np.array([1.0, 3.0])).round(3)
+    array([-1.,  1.])
+    """
     centred = x - x.mean(axis=axis, keepdims=True)
     deviation = np.sqrt((centred * centred).mean(axis=axis, keepdims=True))
     return centred / (deviation + eps)

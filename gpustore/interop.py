@@ -47,8 +47,14 @@ def in_framework(x: Any, framework: str) -> Any:
 
 
 def tensor(array: Any) -> Any:
-    """Return a PyTorch tensor of the same memory as a NumPy or CuPy array; its dtype is kept."""
+    """Return a PyTorch tensor of the same memory as a NumPy or CuPy array; its dtype is kept.
+
+    Read-only arrays and those of negative strides are copied; a tensor is returned itself. Raises
+    MissingExtraError without PyTorch.
+    """
     torch = imported("torch", "torch")
+    if isinstance(array, torch.Tensor):
+        return array
     name = array.dtype.name
     is_extension = array.dtype.kind == "V" or name.startswith(("bfloat16", "float8_"))
     bits = array.view(f"i{array.dtype.itemsize}") if is_extension else array

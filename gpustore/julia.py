@@ -38,6 +38,9 @@ class NamedTuple(Shown, dict[str, Any]):
     """A Julia NamedTuple: a dict that is written back as one; `nt.lr` is `nt["lr"]`.
 
     `julia_type` is the type it had in its file.
+
+    >>> NamedTuple(lr=0.1).lr
+    0.1
     """
 
     julia_type: JuliaType | None = None
@@ -160,7 +163,11 @@ class Struct(Shown):
     """A Julia struct with no Python twin: `data` by position, or the raw bytes of a primitive.
 
     `fields` are the names where they are known (files do not hold them): `struct.lr` is then
-    the value of that field, and `struct.data[0]` always the first one.
+    the value of that field, and `struct.data[0]` always the first one. `model_type` gives a struct
+    a class instead.
+
+    >>> Struct(JuliaType.named("Main.Net"), [1, "a"], ("size", "name")).name
+    'a'
     """
 
     type: JuliaType | OpaqueDocument = field(metadata=LEAF)
@@ -239,7 +246,8 @@ def _anonymous_name(kept: OpaqueDocument) -> str:
 class LostArray:
     """An array that Julia saved from the GPU: its type and shape are in the file, its values not.
 
-    `struct` is what the file holds in its place: a device pointer of a process long gone.
+    `load(..., lost="placeholder")` gives one in each such place. `struct` is what the file holds
+    there: a device pointer of a process long gone.
     """
 
     type: JuliaType = field(metadata=LEAF)

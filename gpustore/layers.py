@@ -104,7 +104,7 @@ def show(layer: Any) -> str:
 
 @dataclass(init=False, repr=False, eq=False)
 class Dense(Shown):
-    """A fully connected layer: σ(weight @ x + bias).
+    """A fully connected layer: σ(weight @ x + bias), for x (in, batch) or (in,).
 
     `Dense(in, out, σ)` makes the weight (out, in) by `init` and a bias (out,) of zeros;
     `Dense(weight, bias, σ)` takes arrays, not copies; only a bias of another dtype than the
@@ -204,6 +204,8 @@ def _size(n: Any, name: str) -> int:
 @dataclass(init=False, repr=False, eq=False)
 class Chain(Shown):
     """Layers applied one after the other; any callable is a layer.
+
+    `chain[0]` is the first layer, `chain["first"]` one by name; `len(chain)` counts them.
 
     `layers` is a tuple, a list (as old files hold) or a dict (`Chain(first=..., second=...)`).
 

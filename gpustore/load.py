@@ -44,17 +44,24 @@ def load(
 ) -> Any:
     """Load a `.bson` file of gpustore or Julia: all entries, the one named, or a tuple of several.
 
-    `device`: None puts each array where its tag says (the CPU without one); "cpu", "cuda" or
-    "cuda:1" puts all there; a mapping or a callable gives the device for each tag. On the CPU,
-    arrays of 64 KiB and more are writable copy-on-write views of the mapped file (`mmap=False`: of
-    a private copy). `verify` checks every digest: in device memory of what is placed there, in the
-    file of the rest. `lost`: "error", or "placeholder" for a LostArray where Julia saved a GPU
-    pointer. `functions` are Python functions for those of Julia that the file calls by name:
-    {"Main.normalise": f}. `framework`: "torch" or "jax" gives their arrays of the same memory, see
-    `interop.in_framework`. `progress(done, total)` counts bytes.
+    Without names it gives a dict of the entries, or the value that is the file. On the CPU, arrays
+    of 64 KiB and more are writable copy-on-write views of the mapped file.
 
-    Raises FormatError or TruncatedFileError for what is no such file, EntryNotFoundError,
-    CUDAUnavailableError (before anything large is read), DeviceDataLostError, IntegrityError.
+    - `device`: None puts each array where its tag says (the CPU without one); "cpu", "cuda" or
+      "cuda:1" puts all there; a mapping or a callable gives the device for each tag.
+    - `verify` checks every digest: in device memory of what is placed there, in the file of the
+      rest.
+    - `mmap=False` reads a private copy of the file in place of mapping it.
+    - `lost`: "error", or "placeholder" for a LostArray where Julia saved a GPU pointer.
+    - `functions` are Python functions for those of Julia that the file calls by name:
+      `{"Main.normalise": f}`.
+    - `framework`: "torch" or "jax" gives their arrays of the same memory, as
+      `interop.in_framework` does.
+    - `progress(done, total)` is called with bytes, as they are verified or copied.
+
+    Raises FormatError or TruncatedFileError for what is no such file, FutureVersionError,
+    EntryNotFoundError, CUDAUnavailableError (before anything large is read), DeviceDataLostError,
+    IntegrityError (with `verify`), DeviceMemoryError and DeviceError where a GPU fails.
 
     >>> import gpustore as gs, tempfile, os
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +198,12 @@ def _path_at(file: MappedFile, offset: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ArrayEntry:
-    """An array in a file: where it is, without its values. `offset` and `nbytes` are in bytes."""
+    """An array in a file, without its values: where it is, and what.
+
+    `path` is what `StoredFile.read` takes. `order` is "C" or "F", `device` its tag ("cpu" without
+    one), `offset` and `nbytes` where its bytes lie in the file, `digest` their BLAKE3, or None in
+    a file of Julia's.
+    """
 
     path: str
     dtype: np.dtype[Any]
@@ -223,10 +235,11 @@ def _list_arrays(file: MappedFile, content: dict[str, Any]) -> list[ArrayEntry]:
 class StoredFile(Mapping[str, Any]):
     """A file opened lazily: a read-only Mapping from entry names to values, read on demand.
 
-    `arrays` lists every array with its path, dtype, shape, order, device, offset and digest;
-    `tags` counts the arrays of each device tag; both are found when they are first asked for.
+    `arrays` is a tuple of an ArrayEntry for each array; `tags` counts the arrays of each device
+    tag; both are found when they are first asked for. `path` and `nbytes` are those of the file.
     Entries come on the CPU, whatever their tag. Opening looks at the outermost document only; what
-    is in an entry is checked when it is read.
+    is in an entry is checked when it is read. A context manager: it closes the file. See
+    `open_file` for an example.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -313,7 +326,9 @@ class StoredFile(Mapping[str, Any]):
     def read(self, array_path: str, *, region: Any = None, device: str = "cpu") -> Any:
         """Return one array, or the `region` of it (slices as in NumPy), on `device`.
 
-        On the CPU it is a private copy-on-write view: only the pages that are used are read.
+        `array_path` is the `path` of one of `arrays`. On the CPU it is a private copy-on-write
+        view: only the pages that are used are read. Raises EntryNotFoundError, and
+        CUDAUnavailableError where `device` is not available.
         """
         entry = next((entry for entry in self.arrays if entry.path == array_path), None)
         if entry is None:
@@ -336,12 +351,17 @@ class StoredFile(Mapping[str, Any]):
         save_document(path, self._slots, self._file.buffer, progress)
 
     def verify(self, progress: Progress | None = None) -> Verification:
-        """Check every digest in the file and return what was found."""
+        """Check every digest in the file and return what was found: true where nothing is damaged.
+
+        It raises nothing for a damaged file; `damaged` of what it returns names the parts.
+        """
         return verify_file(self._file, progress, lambda offset: _path_at(self._file, offset))
 
 
 def open_file(path: str | os.PathLike[str]) -> StoredFile:
-    """Open a file for lazy reading; see StoredFile.
+    """Open a file for lazy reading: its entries and arrays are read where they are asked for.
+
+    Raises FormatError or TruncatedFileError for what is no such file.
 
     >>> import gpustore as gs, numpy as np, tempfile, os
     >>> with tempfile.TemporaryDirectory() as folder:

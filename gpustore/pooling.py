@@ -111,8 +111,10 @@ def _short(values: tuple[int, ...]) -> Any:
 class MaxPool(_Pool):
     """The largest of each window of size `k`.
 
-    >>> MaxPool((2, 2))
-    MaxPool((2, 2))
+    x (width..., channels, batch); the stride is the size of the window where it is not given.
+
+    >>> MaxPool((2, 2))(np.ones((8, 8, 3, 1))).shape
+    (4, 4, 3, 1)
     """
 
     k: Any
@@ -195,7 +197,11 @@ class AdaptiveMeanPool(_AdaptivePool):
 
 @dataclass(eq=False)
 class GlobalMaxPool(Shown):
-    """The largest element of each channel: (1..., channels, batch)."""
+    """The largest element of each channel: (1..., channels, batch).
+
+    >>> GlobalMaxPool()(np.ones((8, 8, 3, 2))).shape
+    (1, 1, 3, 2)
+    """
 
     def __call__(self, x: Any) -> Any:
         x = _check(self, x)
@@ -204,7 +210,11 @@ class GlobalMaxPool(Shown):
 
 @dataclass(eq=False)
 class GlobalMeanPool(Shown):
-    """The mean of each channel: (1..., channels, batch)."""
+    """The mean of each channel: (1..., channels, batch).
+
+    >>> GlobalMeanPool()(np.ones((8, 8, 3, 2))).shape
+    (1, 1, 3, 2)
+    """
 
     def __call__(self, x: Any) -> Any:
         x = _check(self, x)
@@ -276,7 +286,11 @@ def _linear(layer: Any, x: Any, axis: int, size: int) -> Any:
 
 @dataclass(eq=False)
 class PixelShuffle(Shown):
-    """Turns channels into width and height: (w..., c r^n, batch) into (w r..., c, batch)."""
+    """Turns channels into width and height: (w..., c r^n, batch) into (w r..., c, batch).
+
+    >>> PixelShuffle(2)(np.ones((4, 4, 12, 1))).shape
+    (8, 8, 3, 1)
+    """
 
     r: Any
 

@@ -107,7 +107,14 @@ def _parts(state: State) -> tuple[Any, ...]:
 
 @dataclass(init=False, repr=False, eq=False)
 class RNNCell(_Cell):
-    """h' = σ(Wi x + Wh h + bias)."""
+    """h' = σ(Wi x + Wh h + bias).
+
+    A cell takes x (in,) or (in, batch) and a state, and returns the output and the new state.
+
+    >>> output, state = RNNCell(3, 5)(np.ones((3, 2), np.float32))
+    >>> output.shape
+    (5, 2)
+    """
 
     σ: Any
     Wi: Any
@@ -128,7 +135,14 @@ class RNNCell(_Cell):
 
 @dataclass(init=False, repr=False, eq=False)
 class LSTMCell(_Cell):
-    """Long short-term memory; rows of the weights are input, forget, cell and output gate."""
+    """Long short-term memory; rows of the weights are input, forget, cell and output gate.
+
+    The state is (h, c).
+
+    >>> output, (h, c) = LSTMCell(3, 5)(np.ones((3, 2), np.float32))
+    >>> c.shape
+    (5, 2)
+    """
 
     Wi: Any
     Wh: Any
@@ -164,7 +178,11 @@ class LSTMCell(_Cell):
 
 @dataclass(init=False, repr=False, eq=False)
 class GRUCell(_Cell):
-    """Gated recurrent unit; rows of the weights are reset gate, update gate and candidate."""
+    """Gated recurrent unit; rows of the weights are reset gate, update gate and candidate.
+
+    >>> GRUCell(3, 5)
+    GRUCell(3, 5)
+    """
 
     Wi: Any
     Wh: Any
@@ -188,7 +206,11 @@ class GRUCell(_Cell):
 
 @dataclass(init=False, repr=False, eq=False)
 class GRUv3Cell(_Cell):
-    """Gated recurrent unit whose reset gate comes before the recurrent product."""
+    """Gated recurrent unit whose reset gate comes before the recurrent product.
+
+    >>> GRUv3Cell(3, 5)
+    GRUv3Cell(3, 5)
+    """
 
     Wi: Any
     Wh: Any
@@ -293,8 +315,11 @@ class _Sequence(Shown):
 class RNN(_Sequence):
     """A vanilla recurrent layer of Flux 0.15 and later.
 
-    >>> RNN(3, 5)
-    RNN(3, 5)
+    x (in, time) or (in, time, batch) gives (out, time) or (out, time, batch), from a state of
+    zeros each time; with `return_state` the last state too. `options` are those of its cell.
+
+    >>> RNN(3, 5)(np.ones((3, 7), np.float32)).shape
+    (5, 7)
     """
 
     cell: Any
@@ -303,7 +328,7 @@ class RNN(_Sequence):
 
 @dataclass(init=False, repr=False, eq=False)
 class LSTM(_Sequence):
-    """A long short-term memory layer of Flux 0.15 and later.
+    """A long short-term memory layer of Flux 0.15 and later; shapes as for RNN.
 
     >>> LSTM(3, 5)
     LSTM(3, 5)
@@ -315,7 +340,7 @@ class LSTM(_Sequence):
 
 @dataclass(init=False, repr=False, eq=False)
 class GRU(_Sequence):
-    """A gated recurrent layer of Flux 0.15 and later.
+    """A gated recurrent layer of Flux 0.15 and later; shapes as for RNN.
 
     >>> GRU(3, 5)
     GRU(3, 5)
@@ -327,7 +352,7 @@ class GRU(_Sequence):
 
 @dataclass(init=False, repr=False, eq=False)
 class GRUv3(_Sequence):
-    """A gated recurrent layer of the third version, of Flux 0.15 and later.
+    """A gated recurrent layer of the third version, of Flux 0.15 and later; shapes as for RNN.
 
     >>> GRUv3(3, 5)
     GRUv3(3, 5)

@@ -49,15 +49,20 @@ def save(
     """Save `value` and the `named` entries as one `.bson` file that gpustore and Julia read.
 
     A dict with string keys gives the entries of the file; any other value is the file. Arrays may
-    lie on any device. `on_gpu`: "transfer" writes GPU arrays as CPU arrays, "tag" writes their
-    device beside the values, "error" refuses them by name. `flux` is the version of Flux, such as
-    "0.14", whose layout of layers is written; without it layers from a file keep theirs, others
-    have the newest. `layout`: "inline" keeps arrays within the document, where Julia reads them;
-    "detached" puts them after it, for any size; "auto" is inline below 2 GiB. The file appears
-    whole or not at all; with `durable` it has reached the disk. `progress(done, total)`: bytes.
+    lie on any device. The file appears whole or not at all; where there was one, it is replaced.
+
+    - `on_gpu`: "transfer" writes GPU arrays as CPU arrays, "tag" writes their device beside the
+      values, "error" refuses them by name.
+    - `durable`: the file has reached the disk when the call returns.
+    - `layout`: "inline" keeps arrays within the document, where Julia reads them; "detached" puts
+      them after it, for any size; "auto" is inline below 2 GiB.
+    - `flux`: the version of Flux, such as "0.14", whose layout of layers is written; without it
+      layers from a file keep theirs, others have the newest.
+    - `progress(done, total)` is called with bytes, as they are written.
 
     Raises UnsupportedValueError, naming the path of a value that cannot be saved, before anything
-    is written; OSError where the file system refuses.
+    is written; DeviceMemoryError and DeviceError where a GPU fails; OSError where the file system
+    refuses. The old file then stays as it is.
 
     >>> import gpustore as gs, numpy as np, tempfile, os
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -381,7 +381,15 @@ def dtype_of_array(array: Any) -> Any:
 
 
 def reset(model: Any) -> None:
-    """Put the state of every recurrent layer back to its start (layers that have `reset`)."""
+    """Put the state of every recurrent layer back to its start (layers that have `reset`).
+
+    >>> from gpustore import Recur, RNNCell
+    >>> model = Recur(RNNCell(1, 1))
+    >>> _ = model(np.ones(1, np.float32))
+    >>> reset(model)
+    >>> model.state
+    array([0.], dtype=float32)
+    """
     for _, node in walk(model):
         start_again = getattr(node, "reset", None) if dataclasses.is_dataclass(node) else None
         if callable(start_again):
@@ -392,6 +400,11 @@ def testmode(model: Any, mode: bool | None = True) -> Any:
     """Make dropout and normalisation layers behave as in testing; `None` restores the default.
 
     Sets the field `active` of the layers that have one, as `Flux.testmode!`; returns the model.
+    `testmode(model, False)` is training.
+
+    >>> from gpustore import Dropout
+    >>> testmode([Dropout(0.5)])[0](np.ones(3))
+    array([1., 1., 1.])
     """
     active = None if mode is None else not mode
     for _, node in walk(model):

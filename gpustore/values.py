@@ -27,13 +27,16 @@ class Entries(Shown, dict[str, Any]):
 
 
 class JuliaDict(Shown, dict[Any, Any]):
-    """A dictionary of Julia whose type is not the one a plain dict is written as."""
+    """A dictionary of Julia whose type is not the one a plain dict is written as.
+
+    A dict with its `julia_type`: `Dict{String, Float32}`, an IdDict. `dict(x)` forgets the type.
+    """
 
     julia_type: JuliaType
 
 
 class JuliaSet(set[Any]):
-    """A set of Julia (Set, IdSet) with its type; `order` is that of the file."""
+    """A set of Julia (Set, IdSet) with its `julia_type`; `order` is that of the file."""
 
     julia_type: JuliaType
     order: tuple[Any, ...] = ()
@@ -104,7 +107,8 @@ missing = Missing()
 class Range(Struct, Sequence[Any]):
     """A range of Julia that Python's `range` is not: a sequence of its elements.
 
-    `numpy.asarray` gives them as an array, bit for bit as Julia's `collect`.
+    `numpy.asarray` gives them as an array, bit for bit as Julia's `collect`. Files make it;
+    `range` is what one of Int64 comes as.
     """
 
     __slots__ = ()

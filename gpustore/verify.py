@@ -17,7 +17,11 @@ Report = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What `verify` found: names of damaged parts, and how many arrays were checked."""
+    """What `verify` found; true where nothing is damaged.
+
+    `damaged` are the paths of damaged arrays, and "structure" for all that is no array. `arrays`
+    is how many have a digest. Files of Julia have none, and `has_structure_digest` is False.
+    """
 
     damaged: tuple[str, ...]
     arrays: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +104,12 @@ def test_tensors_share_the_memory_of_the_mapping(torch, file, order, dtype):
     loaded["a"][1, 2] = 7
     assert float(tensor[1, 2]) == 7
     assert not np.array_equal(gs.load(file, "a"), loaded["a"])  # the file is as it was
+
+
+def test_tensors_of_a_model_stay_themselves(torch):
+    model = {"w": torch.ones(2), "v": np.ones(2)}
+    found = interop.in_framework(model, "torch")
+    assert found["w"] is model["w"] and interop.tensor(found["v"]) is found["v"]
 
 
 def test_jax_shares_the_memory_of_row_major_arrays(jax, file):
@@ -264,11 +269,3 @@ def test_the_forward_passes_that_julia_recorded(torch, path):
     if not compared:
         assert not path.stem.startswith(ALIKE)
         pytest.skip("no recorded model of layers that torch has")
-
-
-def test_the_examples_of_the_documentation_run(torch, tmp_path, monkeypatch):
-    page = Path(__file__).parent.parent / "docs" / "interop.md"
-    blocks = re.findall(r"(?s)```python\n(.*?)```", page.read_text())
-    assert len(blocks) == 3
-    monkeypatch.chdir(tmp_path)
-    exec(compile("\n".join(blocks), str(page), "exec"), {})
