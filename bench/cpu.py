@@ -319,25 +319,31 @@ def plot(results: dict[str, Figures], path: Path) -> None:
     pyplot = importlib.import_module("matplotlib.pyplot")
     importlib.import_module("matplotlib").use("Agg")
     cases = [case for case, found in results.items() if "plain write" in found]
-    figure, axes = pyplot.subplots(1, len(cases) + 1, figsize=(4.2 * (len(cases) + 1), 4.6))
+    rows = -(-(len(cases) + 1) // 2)
+    figure, grid = pyplot.subplots(rows, 2, figsize=(11, 3.6 * rows))
+    axes = list(grid.flat)
+    growth = axes[len(cases)]
+    for unused in axes[len(cases) + 1 :]:
+        unused.set_axis_off()
     for axis, case in zip(axes, cases, strict=False):
         found = {k: v for k, v in results[case].items() if ":" not in k}
         colours = ["tab:blue" if "save" in k or "load" in k else "tab:gray" for k in found]
         colours = [
             "tab:orange" if "safetensors" in k else c for k, c in zip(found, colours, strict=True)
         ]
-        axis.barh(list(found), list(found.values()), color=colours)
+        bars = axis.barh(list(found), list(found.values()), color=colours)
+        axis.bar_label(bars, fmt=" %.3g")
+        axis.margins(x=0.12)
         axis.invert_yaxis()
-        axis.set_xscale("log")
-        axis.set_xlabel("ms (log)")
+        axis.set_xlabel("ms")
         axis.set_title(case, fontsize=10)
     for name in ("save", "load"):
         found = {k: v for k, v in results["growth"].items() if k.startswith(name)}
         counts = [int(key.split(",", 1)[1].split(" arrays")[0].replace(",", "")) for key in found]
-        axes[-1].plot(counts, list(found.values()), marker="o", label=name)
-    axes[-1].set(xscale="log", xlabel="arrays of 128 bytes", ylabel="µs for each", ylim=(0, None))
-    axes[-1].legend()
-    axes[-1].set_title("growth", fontsize=10)
+        growth.plot(counts, list(found.values()), marker="o", label=name)
+    growth.set(xscale="log", xlabel="arrays of 128 bytes", ylabel="µs for each", ylim=(0, None))
+    growth.legend()
+    growth.set_title("growth", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -34,7 +34,7 @@ from gpustore.scanner import Scanner
 __all__ = [
     "FORMAT_VERSION", "INLINE_LIMIT", "MAX_DEPTH", "MAX_NAME_NBYTES", "PAGE_ALIGNED_NBYTES",
     "PAYLOAD_DIGEST", "SLOT_NBYTES", "STRUCTURE_DIGEST", "Encoded", "Parts", "Payload", "Place",
-    "Plan", "Slot", "encode", "int64", "parts", "plan", "scan", "walk",
+    "Plan", "Slot", "encode", "int64", "parts", "plan", "scan",
 ]  # fmt: skip
 
 
@@ -187,15 +187,3 @@ def _misplaced(name: str, start: int, found: int) -> FormatError:
         f"{name}: expected a detached array at a multiple of 64 from byte {start} on, found one at "
         f"{found}; the file is damaged"
     )
-
-
-def walk(document: Any) -> Iterator[dict[str, Any]]:
-    """Yield every dict in `document`, outermost first."""
-    stack = [document]
-    while stack:
-        node = stack.pop()
-        if type(node) is dict:
-            yield node
-            stack.extend(reversed(node.values()))
-        elif type(node) is list:
-            stack.extend(reversed(node))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from gpustore import document
-from gpustore.digest import blake3_digest, hasher
+from gpustore.digest import hasher
 from gpustore.document import Slot
 from gpustore.storage import MappedFile
 
@@ -40,11 +40,8 @@ class Digests:
     def __init__(self, file: MappedFile) -> None:
         content = document.scan(file.buffer, name=file.path, slot_nbytes=0)
         self._view = memoryview(file.buffer)
-        self.payloads: list[tuple[Slot, Slot]] = []  # of each array: its data and their digest
-        for node in document.walk(content):
-            data, digest = node.get("data"), node.get("blake3")
-            if node.get("tag") == "array" and isinstance(data, Slot) and isinstance(digest, Slot):
-                self.payloads.append((data, digest))
+        # of each array: its data and their digest
+        self.payloads: list[tuple[Slot, Slot]] = [*_digested(content)]
         stamp = content.get("_gpustore", {})
         digest = stamp.get("blake3") if isinstance(stamp, dict) else None
         self.has_structure_digest = isinstance(digest, Slot)
@@ -75,13 +72,28 @@ class Digests:
         found = []
         for data, digest in self.payloads:
             if data.offset not in checked:
-                if blake3_digest(self._bytes(data)) != self._bytes(digest):
+                if hasher(data.nbytes).update(self._bytes(data)).digest() != self._bytes(digest):
                     found.append(path_at(data.offset))
                 report(data.nbytes)
         return (*found, *([] if self.is_structure_whole else ["structure"]))
 
     def _bytes(self, slot: Slot) -> memoryview:
         return self._view[slot.offset : slot.offset + slot.nbytes]
+
+
+def _digested(content: Any) -> Iterator[tuple[Slot, Slot]]:
+    """Yield the data and the digest of each array document that has both, in order."""
+    stack = [content]
+    while stack:
+        node = stack.pop()
+        if type(node) is list:
+            stack.extend(reversed(node))
+        elif type(node) is dict:
+            data, digest = node.get("data"), node.get("blake3")
+            if type(data) is type(digest) is Slot and node.get("tag") == "array":
+                yield data, digest  # a type and a size are all that is left
+            else:
+                stack.extend(reversed(node.values()))
 
 
 def verify_file(
