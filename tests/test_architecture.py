@@ -68,6 +68,7 @@ ORDER = [
     "verify",
     "load",
     "safetensors_format",
+    "npz_format",
     "convert",
     "fake_streams",
     "fake_cuda",
