@@ -26,8 +26,10 @@ assert installed.parent.name == "site-packages", f"not the installed package: {i
 assert importlib.metadata.version("gpustore") == gpustore.__version__
 assert (importlib.resources.files("gpustore") / "py.typed").is_file()
 for command in (
-    ["inspect", "mymodel.bson"],
+    ["inspect", "mymodel.bson", "--stats"],
     ["verify", "mymodel.bson"],
     ["cpu", "mymodel.bson", "-o", "again.bson"],
+    ["diff", "mymodel.bson", "again.bson"],
+    ["convert", "mymodel.bson", "weights.safetensors", "--arrays-only"],
 ):
     subprocess.run(["gpustore", *command], check=True)
