@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from gpustore import cli
 
 PAGE = Path(__file__).parents[1] / "docs" / "command.md"
 COMMAND = re.compile(r"```\n\$ gpustore ([^\n]*)\n(.*?)```", re.DOTALL)
-_ENDS_OF_HELP = (8, 3)  # the version of click from which on help is laid out as on the page
 
 
 @pytest.fixture
@@ -43,13 +41,7 @@ def test_the_commands_on_the_page_print_what_stands_there(page):
     if os.environ.get("GPUSTORE_WRITE_DOCS"):
         PAGE.write_text(expected, encoding="utf-8")
         text = expected
-    if tuple(map(int, version("click").split(".")[:2])) < _ENDS_OF_HELP:
-        text, expected = (COMMAND.sub(_without_help, side) for side in (text, expected))
     assert text == expected
-
-
-def _without_help(block: re.Match[str]) -> str:
-    return block[1] if block[1].endswith("--help") else block[0]
 
 
 def test_every_command_and_its_help_is_on_the_page():
