@@ -12,7 +12,7 @@ from gpustore import devices, listing, notebook, tree
 from gpustore.figures import Deviation, deviation
 from gpustore.julia import JuliaType, LostArray, OpaqueFunction, Struct
 from gpustore.load import StoredFile
-from gpustore.values import Entries
+from gpustore.values import Entries, JuliaSet
 from gpustore.verify import Progress, Report, counted
 
 _Part = tuple[str, Any]
@@ -155,7 +155,14 @@ def _entries(value: Any) -> list[_Part]:
 
 
 def _parts(node: Any) -> list[_Part]:
+    """Return the parts of a container; members of a set that are themselves alone, by order."""
+    if isinstance(node, JuliaSet) and any(_is_itself_alone(member) for member in node.order):
+        return [(f"{{{number}}}", member) for number, member in enumerate(node.order)]
     return [] if devices.is_array(node) else tree.children(node)
+
+
+def _is_itself_alone(member: Any) -> bool:
+    return type(member).__hash__ is object.__hash__
 
 
 def _title(node: Any) -> str:

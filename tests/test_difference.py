@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import gpustore as gs
 from gpustore import testing
 from gpustore.difference import Change, difference
 from gpustore.testing import fake_cuda
+from gpustore.values import JuliaSet
 
 JULIA = Path(__file__).parent / "fixtures" / "julia"
 
@@ -142,6 +144,22 @@ def test_lost_arrays_and_functions_are_compared_by_what_is_known_of_them(run):
     assert run("diff", lost, lost) == (0, "", "")
     code, out, _ = run("diff", JULIA / "conv_anon_flux08_v1.bson", JULIA / "functions_v1.bson")
     assert code == 1 and "- model: Chain" in out
+
+
+def test_members_of_a_set_that_are_themselves_alone_are_compared_in_order():
+    def stored(*members):
+        found = JuliaSet(members)
+        found.order = members
+        return SimpleNamespace(value=lambda: {"s": found}, arrays=())
+
+    def lost(size):
+        struct = gs.Struct(gs.JuliaType.named("CUDA.CuArray"), [])
+        return gs.LostArray(struct.type, (size,), struct)
+
+    assert not difference(stored(lost(1), lost(2)), stored(lost(1), lost(2)))
+    found = told(difference(stored(lost(1), lost(2)), stored(lost(1), lost(3))))
+    assert [path for _, path, _ in found] == ["s{1}"]
+    assert not difference(stored("a", "b"), stored("b", "a"))
 
 
 def test_exit_codes_are_those_of_diff(run, tmp_path):
