@@ -162,7 +162,8 @@ def _parts(node: Any) -> list[_Part]:
 
 
 def _is_itself_alone(member: Any) -> bool:
-    return type(member).__hash__ is object.__hash__
+    hashing: Any = type(member).__hash__
+    return hashing is object.__hash__
 
 
 def _title(node: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -265,6 +266,33 @@ def test_an_array_that_is_in_a_million_places_is_refused_at_once(tmp_path):
     gs.save(tmp_path / "a.bson", value=value)
     with pytest.raises(gs.UnsupportedValueError, match="at most 1000000 values in all places"):
         convert(tmp_path / "a.bson", tmp_path / "b.npz", unshare=True)
+
+
+_MEASURED = """
+import re, sys
+from gpustore.convert import convert
+def own():
+    with open("/proc/self/status") as status:
+        return int(re.search(r"RssAnon:\\s*(\\d+)", status.read())[1])
+peak = before = own()
+def note(done, total):
+    global peak
+    peak = max(peak, own())
+convert(sys.argv[1], sys.argv[2], progress=note)
+print(peak - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is told by /proc")
+@pytest.mark.parametrize("kind", ["safetensors", "npz"])
+def test_arrays_are_streamed_both_ways(tmp_path, kind):
+    rows = {f"a{i}": np.zeros((2**11, 2**11), "f4") for i in range(6)}  # 96 MiB
+    gs.save(tmp_path / "a.bson", rows, f=np.asfortranarray(np.ones((2**11, 2**11), "f4")))
+    for source, target in (("a.bson", f"b.{kind}"), (f"b.{kind}", "c.bson")):
+        names = [str(tmp_path / source), str(tmp_path / target)]
+        done = subprocess.run([sys.executable, "-c", _MEASURED, *names],
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        assert int(done.stdout) < 32 * 1024, (source, target)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "npz"])

@@ -16,6 +16,7 @@ from gpustore.testing import fake_cuda
 from gpustore.values import JuliaSet
 
 JULIA = Path(__file__).parent / "fixtures" / "julia"
+WILD = Path(__file__).parents[2] / "shared" / "fixtures" / "wild"
 
 
 @pytest.fixture
@@ -53,6 +54,12 @@ def test_no_file_of_julia_differs_from_itself_but_each_from_another(path):
         assert not difference(a, b)
     with gs.open_file(path) as a, gs.open_file(JULIA / "doc_opt_flux08_v1.bson") as b:
         assert difference(a, b) or path.stem.startswith("doc_opt_flux08")
+
+
+@pytest.mark.parametrize("path", sorted(WILD.glob("*.bson")), ids=lambda path: path.stem[:60])
+def test_no_file_of_other_people_differs_from_itself(path, run):
+    code, out, err = run("diff", path, path)
+    assert (code, out, err) == (0, "", "") or (code, out, err.count("\n")) == (2, "", 1)
 
 
 def test_each_kind_of_change_is_named(compare):
