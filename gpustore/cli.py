@@ -220,7 +220,7 @@ def main() -> None:
     code: Any = 0
     try:
         # not cli(): it takes an EOFError, as TruncatedFileError is one, for an interrupt
-        with cli.make_context("gpustore", sys.argv[1:]) as context:
+        with cli.make_context("gpustore", sys.argv[1:] or ["--help"]) as context:
             cli.invoke(context)
     except click.exceptions.Exit as stop:
         code = stop.exit_code
@@ -234,8 +234,16 @@ def main() -> None:
         sys.stderr.close()
         code = failed
     except (errors.GpustoreError, OSError) as error:
-        code = _fail(str(error), failed)
+        code = _fail(_sentence(error), failed)
     sys.exit(code)
+
+
+def _sentence(error: Exception) -> str:
+    """Return what an error says; of the system's, the file and then the reason, no number."""
+    reason, name = getattr(error, "strerror", None), getattr(error, "filename", None)
+    if not reason:
+        return str(error)
+    return reason if name is None else f"{os.fsdecode(name)}: {reason}"
 
 
 def _fail(sentence: str, code: int) -> int:

@@ -163,6 +163,20 @@ def test_the_command_is_installed_and_its_help_names_the_commands():
         assert f"\n  {name} " in shown
 
 
+def test_the_command_alone_shows_its_help(run):
+    assert run() == run("--help")
+    assert "\n  inspect " in run()[1]
+
+
+def test_errors_of_the_system_name_the_file_and_the_reason(run, tmp_path):
+    missing = tmp_path / "none.bson"
+    sentence = f"gpustore: {missing}: there is no such file; check the path\n"
+    assert run("inspect", missing) == (1, "", sentence)
+    gs.save(tmp_path / "a.bson", a=1)
+    err = run("cpu", tmp_path / "a.bson", "-o", tmp_path / "none" / "b.bson")[2]
+    assert err == f"gpustore: {tmp_path / 'none'}: there is no such folder; create it first\n"
+
+
 @pytest.mark.parametrize("name", cli.cli.commands)
 def test_the_help_of_each_command_has_examples(run, name):
     code, out, _ = run(name, "--help")
