@@ -11,7 +11,19 @@ from numpy.typing import NDArray
 
 import gpustore
 import gpustore as gs
-from gpustore import Chain, Conv, Dense, Symbol, errors, relu, softmax, testing
+from gpustore import (
+    Chain,
+    Conv,
+    Dense,
+    Symbol,
+    difference,
+    errors,
+    figures,
+    inspection,
+    relu,
+    softmax,
+    testing,
+)
 
 
 @gs.model_type("Main.TypedNet")
@@ -79,6 +91,19 @@ def files(folder: Path, net: TypedNet) -> None:
         print(known)
 
 
+def look(path: Path) -> None:
+    """Look into a file, and compare it with itself, as the command does."""
+    with gs.open_file(path) as stored, gs.open_file(path) as other:
+        found: inspection.Inspection = inspection.inspect(stored)
+        measured: list[figures.Figures | None] = inspection.figures_of(stored)
+        text: dict[str, Any] = inspection.as_json(found, measured)
+        era: str = str(found.era)
+        apart: difference.Difference = difference.difference(stored, other, tolerance=1e-6)
+        array: Any = stored.view(stored.arrays[0])
+        assert text["loads_without_gpu"] and era.startswith("Flux") and not apart.changes
+        assert measured[0] == figures.figures(array)
+
+
 def julia() -> None:
     """Hold values of Julia's."""
     kind: gs.JuliaType = gs.JuliaType.named("Main.Thing", 1)
@@ -95,6 +120,7 @@ def run(folder: Path) -> None:
     assert y.shape == (2, 3)
     assert gs.device_of(devices(model)) == "cpu" and len(weights(model)) == 5
     files(folder, TypedNet(Chain(model[2]), 2.0))
+    look(folder / "net.bson")
     julia()
     same: TypedNet = testing.assert_roundtrip(
         TypedNet(Chain(Dense(2, 2)), 1.5), through=("cpu", "cuda-tagged", "julia")
