@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-import sys
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gpustore import devices, interop, safetensors_format, storage, tree
+from gpustore import devices, interop, npz_format, safetensors_format, storage, tree
 from gpustore.errors import FormatError, UnsupportedValueError
 from gpustore.load import load
 from gpustore.safetensors_format import METADATA
 from gpustore.save import save
 from gpustore.values import Entries
 
+_MAX_PLACES = 1_000_000
 Progress = Callable[[int, int], None]
 _KINDS = {
     ".bson": "bson", ".safetensors": "safetensors", ".npz": "npz", ".pt": "pt", ".pth": "pt",
@@ -39,8 +38,9 @@ def convert(
     and Julia's values in .pt) is left out with `arrays_only`, which names arrays by their paths; an
     array in several places is written several times with `unshare`. Else UnsupportedValueError
     names them. A .pt file is read by PyTorch's `weights_only` loader, so no code of it runs; a
-    .bson file is verified. Arrays are streamed, but for those of a .npz that is read. The target
-    appears whole or not at all. `progress(done, total)` is called with bytes.
+    .bson file is verified, and so are the checksums of a .npz. Arrays are streamed, but for those
+    of a compressed .npz. The target appears whole or not at all. `progress(done, total)` counts the
+    bytes of the source, then those of the target.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +51,7 @@ def convert(
     kinds = _kind(source), _kind(target)
     if kinds[0] == kinds[1]:
         raise UnsupportedValueError(f"{source} and {target} are of one kind; copy the file")
-    value = _READERS[kinds[0]](source)
+    value = _READERS[kinds[0]](source, progress)
     if kinds[1] == "bson":
         save(target, value, progress=progress)
         return len(_named_arrays(value))
@@ -67,7 +67,7 @@ def convert(
         return len(_named_arrays(value))
     arrays = _named_arrays(value)
     if kinds[1] == "npz":
-        _write_npz(target, arrays)
+        npz_format.write(target, arrays, progress)
     else:
         safetensors_format.write(target, arrays, metadata, progress)
     return len(arrays)
@@ -105,6 +105,11 @@ def _leaves(value: Any) -> list[tuple[str, Any]]:
         below = [] if devices.is_array(node) or id(node) in above else tree.children(node)
         if not below:
             found.append((path, node))
+        if len(found) + len(stack) > _MAX_PLACES:
+            raise UnsupportedValueError(
+                f"expected at most {_MAX_PLACES} values in all places that hold them, found more; "
+                "what is shared is in too many places to be written in each"
+            )
         inside = above | {id(node)}
         stack.extend((path + suffix, child, inside) for suffix, child in reversed(below))
     return found
@@ -180,56 +185,34 @@ _PLAIN = (str, int, float, complex, bool, bytes, type(None), dict, list, tuple)
 # --- the kinds --------------------------------------------------------------------------------
 
 
-def _read_bson(path: Any) -> Any:
-    return load(path, device="cpu", verify=True)
+def _read_bson(path: Any, progress: Progress | None) -> Any:
+    return load(path, device="cpu", verify=True, progress=progress)
 
 
-def _read_safetensors(path: Any) -> dict[str, Any]:
+def _read_safetensors(path: Any, progress: Progress | None) -> dict[str, Any]:
     arrays, metadata = safetensors_format.read(path)
     return arrays | ({METADATA: metadata} if metadata else {})
 
 
-def _read_npz(path: Any) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as members:
-            return dict(members)
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise FormatError(f"{os.fspath(path)}: no .npz file of plain arrays: {error}") from None
-
-
-def _read_pt(path: Any) -> Any:
+def _read_pt(path: Any, progress: Progress | None) -> Any:
     torch = interop.imported("torch", "torch")
     try:
         return torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except (RuntimeError, EOFError, ValueError, _unpickling_error()) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        if isinstance(error, _unpickling_error()):
+    except OSError:
+        raise
+    except Exception as error:  # whatever the unpickler meets in a file that is none
+        name = os.fspath(path)
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if asked:
             raise UnsupportedValueError(
-                f"{os.fspath(path)}: it holds more than tensors and plain values, which would run "
-                f"code: {reason}; where you trust it, load it with PyTorch and save its state_dict"
+                f"{name}: it holds more than tensors and plain values: reading it would run code "
+                f"({asked[1]}); where you trust it, load it with PyTorch and save its state_dict"
             ) from None
-        raise FormatError(f"{os.fspath(path)}: PyTorch cannot read it: {reason}") from None
-
-
-def _unpickling_error() -> type[Exception]:
-    """Return the class of what PyTorch raises for code, from where it is: nothing is unpickled."""
-    found: type[Exception] = sys.modules["_pickle"].UnpicklingError
-    return found
-
-
-def _write_npz(path: Any, arrays: dict[str, Any]) -> None:
-    hosts = {name: devices.to_host(array) for name, array in arrays.items()}
-    for name, host in hosts.items():
-        if host.dtype.kind not in "biufcSUmM":
-            raise UnsupportedValueError(
-                f"{name}: a .npz file has no {host.dtype}; convert the array first"
-            )
-    with storage.replacing_by_name(path) as name, zipfile.ZipFile(name, "w") as members:
-        for key, host in hosts.items():
-            with members.open(f"{key}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, host, allow_pickle=False)
+        is_told = isinstance(error, RuntimeError)  # what others say is of the unpickler's insides
+        reason = str(error).partition(". ")[0] if is_told else "it is no checkpoint, or damaged"
+        raise FormatError(f"{name}: PyTorch cannot read it: {reason}") from None
 
 
 def _write_pt(path: Any, value: Any) -> None:
@@ -239,6 +222,6 @@ def _write_pt(path: Any, value: Any) -> None:
         torch.save(tensors, name)
 
 
-_READERS: dict[str, Callable[[Any], Any]] = {
-    "bson": _read_bson, "safetensors": _read_safetensors, "npz": _read_npz, "pt": _read_pt,
+_READERS: dict[str, Callable[[Any, Progress | None], Any]] = {
+    "bson": _read_bson, "safetensors": _read_safetensors, "npz": npz_format.read, "pt": _read_pt,
 }  # fmt: skip

@@ -26,13 +26,14 @@ _Class = TypeVar("_Class", bound=type)
 _OLDEST_FLUX = "0.9"  # that can be asked for
 
 
-def _version(text: str) -> tuple[int, ...]:
+def version_of(text: str) -> tuple[int, ...]:
+    """Return the numbers of a version of Flux, to compare it by."""
     return tuple(map(int, text.split(".")))
 
 
 _KINDS: dict[tuple[str, int], list[StructKind]] = {}
 _ROWS: dict[type, list[StructKind]] = {}
-for _kind in sorted(TABLE, key=lambda kind: _version(kind.since)):
+for _kind in sorted(TABLE, key=lambda kind: version_of(kind.since)):
     _KINDS.setdefault((_kind.name, len(_kind.fields)), []).append(_kind)
     _ROWS.setdefault(_kind.cls, []).append(_kind)
 for _cls in (tree.TrackedArray, tree.Params):
@@ -99,6 +100,11 @@ def layouts(name: str) -> list[int]:
     return sorted({n for known, n in _KINDS if known == name})
 
 
+def rows_of(cls: type) -> tuple[StructKind, ...]:
+    """Return the rows of a class, in the order in which its layouts came."""
+    return tuple(_ROWS.get(cls, ()))
+
+
 def kind_of(value: Any) -> StructKind | None:
     """Return the row by which this object is written, or None.
 
@@ -115,8 +121,8 @@ def in_layout(root: Any, version: str) -> Any:
 
     Raises UnsupportedValueError where a layer says what that version has no field for.
     """
-    asked = _version(version) if all(p.isdecimal() for p in version.split(".")) else ()
-    if asked < _version(_OLDEST_FLUX):
+    asked = version_of(version) if all(p.isdecimal() for p in version.split(".")) else ()
+    if asked < version_of(_OLDEST_FLUX):
         raise UnsupportedValueError(
             f"flux: expected a version from {_OLDEST_FLUX} on such as '0.14', found {version!r}"
         )
@@ -125,7 +131,7 @@ def in_layout(root: Any, version: str) -> Any:
         rows = _ROWS.get(type(node))
         if rows is None or not rows[0].is_layer or isinstance(node, tree.TrackedArray):
             continue
-        fitting = [row for row in rows if _version(row.since) <= asked]
+        fitting = [row for row in rows if version_of(row.since) <= asked]
         if not fitting:
             raise UnsupportedValueError(
                 f"{path}: Flux {version} has no {rows[0].name}; it came with {rows[0].since}"

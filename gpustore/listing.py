@@ -26,6 +26,7 @@ from gpustore.code import (
 )
 from gpustore.errors import OpaqueCodeError
 from gpustore.julia import JuliaType, OpaqueDocument, OpaqueFunction, Symbol
+from gpustore.notebook import printable
 
 MAX_LINES = 200
 _MAX_INLINE = 20  # levels of nesting within a line
@@ -98,7 +99,7 @@ class _Listing:
 
     def text(self) -> list[str]:
         names = self.method.arguments
-        arguments = [_readable(self.names[i + 2]) for i in range(len(names))]
+        arguments = [printable(self.names[i + 2]) for i in range(len(names))]
         if self.method.is_vararg and arguments:
             arguments[-1] += "..."
         head = arguments[0] if len(arguments) == 1 else f"({', '.join(arguments)})"
@@ -195,18 +196,18 @@ class _Listing:
                 return f"v{number}", _ATOM
             case Slot(number):
                 known = "self" if number == 1 else self.names.get(number, f"slot{number}")
-                return _readable(known), _ATOM
+                return printable(known), _ATOM
             case Global():
                 return self.name(node), _ATOM
             case Expr("call", (called, *args)):
                 name = self.captured(node)
-                return (_readable(name), _ATOM) if name is not None else self.call(called, args)
+                return (printable(name), _ATOM) if name is not None else self.call(called, args)
             case Expr(head, args):
-                return f"{_readable(head)}({self.joined(args)})", _ATOM
+                return f"{printable(head)}({self.joined(args)})", _ATOM
         return "?", _ATOM
 
     def name(self, name: Global) -> str:
-        return _readable(name.name)
+        return printable(name.name)
 
     def joined(self, args: Any) -> str:
         return ", ".join(self.show(arg) for arg in args)
@@ -223,7 +224,7 @@ class _Listing:
             case Global(name="getindex"), [x, *index]:
                 return f"{self.show(x, _PREFIX)}[{self.joined(index)}]", _ATOM
             case Global(name="getproperty"), [x, Constant(str() as field)]:
-                return f"{self.show(x, _PREFIX)}.{_readable(field)}", _ATOM
+                return f"{self.show(x, _PREFIX)}.{printable(field)}", _ATOM
             case Global(name="tuple"), _:
                 return f"({self.joined(args)}{',' * (len(args) == 1)})", _ATOM
             case Global(name="vect"), _:
@@ -239,7 +240,7 @@ class _Listing:
         if keywords is not None:
             function, names, values, rest = keywords
             pairs = zip(names, values, strict=True)
-            given = ", ".join(f"{_readable(key)}={self.show(value)}" for key, value in pairs)
+            given = ", ".join(f"{printable(key)}={self.show(value)}" for key, value in pairs)
             return f"{self.show(function, _PREFIX)}({self.joined(rest)}; {given})", _ATOM
         return self.operator(called, args, "")
 
@@ -370,26 +371,21 @@ def _literal(value: Any) -> str:
         case bool():
             return "true" if value else "false"
         case Symbol():
-            return ":" + _readable(value)
+            return ":" + printable(value)
         case str():
             shown = value if len(value) <= _MAX_STRING else value[:_MAX_STRING] + "..."
-            return '"' + _readable(shown).replace('"', '\\"') + '"'
+            return '"' + printable(shown).replace('"', '\\"') + '"'
         case tuple():
             return f"({', '.join(map(_literal, value))}{',' * (len(value) == 1)})"
         case Module(path):
-            return _readable(path)
+            return printable(path)
         case JuliaType():
-            return _readable(value.path[-1])
+            return printable(value.path[-1])
     if isinstance(value, np.float32):
         text = str(value)
         return text.replace("e", "f") if "e" in text else text + "f0"
-    text = _readable(str(getattr(value, "__name__", None) or value))
+    text = printable(str(getattr(value, "__name__", None) or value))
     return text if len(text) <= _MAX_STRING else text[:_MAX_STRING] + "..."
-
-
-def _readable(text: str) -> str:
-    """Return a name with nothing in it that would steer a terminal."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def _unique(names: tuple[str, ...]) -> dict[int, str]:

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ from gpustore.placement import Check, DeviceChoice, Placement, chooser, host_arr
 from gpustore.save import paused_collector, save_document
 from gpustore.storage import MappedFile
 from gpustore.verify import Digests, Progress, Report, Verification, counted, verify_file
+
+_T = TypeVar("_T")
 
 
 def load(
@@ -289,10 +291,24 @@ class StoredFile(Mapping[str, Any]):
     @property
     def origin(self) -> str:
         """Who wrote the file, in words."""
+        if self.writer is None:
+            return "without gpustore's stamp (written by Julia's BSON.jl, most likely)"
+        return f"written by {self.writer}, format {self.format_version}"
+
+    @property
+    def writer(self) -> str | None:
+        """Which gpustore wrote the file, as its stamp says, or None without one."""
+        return self._stamped("writer", str)
+
+    @property
+    def format_version(self) -> int | None:
+        """The version of the format, as the stamp says, or None without one."""
+        return self._stamped("version", int)
+
+    def _stamped(self, key: str, kind: type[_T]) -> _T | None:
         stamp = self._stamp
-        if not isinstance(stamp, dict):
-            return "no gpustore file (BSON.jl's, most likely)"
-        return f"written by {stamp.get('writer')}, format {stamp.get('version')}"
+        found = stamp.get(key) if isinstance(stamp, dict) else None
+        return found if isinstance(found, kind) else None
 
     def value(self, *, make_array: Callable[[ArraySpec, str], Any] | None = None) -> Any:
         """Return the whole value; `make_array(spec, path)` may put something in each place."""
@@ -336,15 +352,18 @@ class StoredFile(Mapping[str, Any]):
             raise EntryNotFoundError(
                 f"{self.path}: expected an array {array_path!r}, found {known}"
             )
-        slot = Slot(entry.offset, entry.nbytes)
-        spec = ArraySpec(entry.dtype, entry.shape, entry.order, "cpu", slot, entry.digest)
-        array = host_array(self._file, spec, array_path)
-        array = array if region is None else array[region]
+        array = self.view(entry) if region is None else self.view(entry)[region]
         target = devices.parse_device(device)
         if target == "cpu":
             return array
         devices.require_cuda(target)
         return devices.to_device(array, target)
+
+    def view(self, entry: ArrayEntry) -> Any:
+        """Return the array of an entry of `arrays`, on the CPU: a private copy-on-write view."""
+        slot = Slot(entry.offset, entry.nbytes)
+        spec = ArraySpec(entry.dtype, entry.shape, entry.order, "cpu", slot, entry.digest)
+        return host_array(self._file, spec, entry.path)
 
     def save_for_cpu(self, path: str | os.PathLike[str], progress: Progress | None = None) -> None:
         """Write the file anew without device tags; all else it holds is kept as it is."""

@@ -412,6 +412,9 @@ _BUILT_IN = (str, int, float, complex, bytes, bytearray)  # subclasses are saved
 
 
 def _advice(value: Any) -> str:
+    for name in ("state_dict", "unfreeze", "to_pure_dict"):  # of PyTorch's modules, of Flax
+        if hasattr(type(value), name):
+            return f"save its {name}()"
     if callable(value):
         return "code is never saved; use a function of gpustore, or a dataclass with __call__"
     return "make its class a dataclass, or save its parts as a dict"

@@ -150,4 +150,13 @@ def _short(text: str) -> str:
 
 def _escaped(text: str) -> str:
     """Return text for HTML, with nothing in it that a browser would obey or turn around."""
-    return html.escape("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text))
+    return html.escape(printable(text))
+
+
+def printable(text: str) -> str:
+    r"""Return text with nothing in it that would steer a terminal or a browser.
+
+    >>> print(printable("a\x1b[2Jb"))
+    a\x1b[2Jb
+    """
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)

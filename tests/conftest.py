@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -33,6 +34,21 @@ def cuda() -> Iterator[Any]:
     else:
         with fake_cuda(2) as cupy:
             yield cupy
+
+
+@pytest.fixture
+def run(monkeypatch: Any, capsys: Any) -> Callable[..., tuple[int, str, str]]:
+    """Return what runs the command in this process: exit code, standard output and error."""
+    from gpustore.cli import main
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gpustore", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

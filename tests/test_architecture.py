@@ -69,11 +69,19 @@ ORDER = [
     "verify",
     "load",
     "safetensors_format",
+    "npz_format",
     "convert",
+    "figures",
+    "origin",
+    "inspection",
+    "difference",
+    "plot",
     "fake_streams",
     "fake_cuda",
     "testing",
     "fixtures",
+    "terminal",
+    "outline",
     "cli",
 ]
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
@@ -116,6 +124,12 @@ def test_only_those_below_the_waist_name_cupy(module):
         name = getattr(node, "id", None) or getattr(node, "attr", None) or ""
         assert "cupy" not in str(name).lower()
     assert not any(name.startswith("cupy") for name in imported(parsed(module)))
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"terminal", "outline", "cli"}))
+def test_only_the_command_needs_click_and_rich(module):
+    packages = {name.partition(".")[0] for name in imported(parsed(module))}
+    assert not packages & {"click", "rich"}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,8 +1,11 @@
-"""The command: inspect, verify, cpu; errors are one sentence and exit code 1."""
+"""The command: how it speaks, fails and completes; inspect as a tree, verify, cpu."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,23 +14,11 @@ import numpy as np
 import pytest
 
 import gpustore as gs
-from gpustore.cli import main
+from gpustore import cli, terminal
 from gpustore.testing import fake_cuda
 
 JULIA = Path(__file__).parent / "fixtures" / "julia"
 WILD = Path(__file__).parents[2] / "shared" / "fixtures" / "wild"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["gpustore", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -123,14 +114,17 @@ def test_every_kind_of_bad_file_gets_its_own_sentence(run, tmp_path, name, comma
 
 
 def test_missing_files_folders_and_wrong_use_are_one_sentence(run, tmp_path):
-    for arguments in (
-        ["inspect", tmp_path / "none.bson"], ["inspect", tmp_path], ["inspect"], ["nonsense"],
-        ["cpu", tmp_path / "none.bson", "-o", tmp_path / "x"], ["inspect", "--wrong", "x"],
+    missing = tmp_path / "none.bson"
+    for expected, arguments in (
+        (1, ["inspect", missing]), (1, ["inspect", tmp_path]), (2, ["inspect"]), (2, ["nonsense"]),
+        (1, ["cpu", missing, "-o", tmp_path / "x"]), (2, ["inspect", "--wrong", "x"]),
+        (2, ["diff", missing, missing]), (2, ["diff", "a", "b", "--tolerance", "-1"]),
+        (1, ["plot", missing, "-o", tmp_path / "x.png"]), (2, ["plot", missing]),
     ):  # fmt: skip
         code, _, err = run(*arguments)
-        assert code == 1 and err.count("\n") == 1 and "Traceback" not in err
+        assert (code, err.count("\n")) == (expected, 1) and "Traceback" not in err, arguments
     with pytest.raises(FileNotFoundError, match=r"none\.bson"):
-        gs.load(tmp_path / "none.bson")
+        gs.load(missing)
     with pytest.raises(IsADirectoryError):
         gs.load(tmp_path)
 
@@ -160,25 +154,143 @@ def test_every_file_of_other_people_that_julia_wrote_can_be_inspected(run):
     assert failed == []
 
 
+COMMAND = os.path.join(os.path.dirname(sys.executable), "gpustore")
+
+
 def test_the_command_is_installed_and_its_help_names_the_commands():
-    command = os.path.join(os.path.dirname(sys.executable), "gpustore")
-    shown = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
-    for name in ("inspect", "verify", "cpu"):
-        assert name in shown
+    shown = subprocess.run([COMMAND, "--help"], capture_output=True, text=True, check=True).stdout
+    for name in ("inspect", "verify", "cpu", "convert", "diff", "plot"):
+        assert f"\n  {name} " in shown
+
+
+def test_the_command_alone_shows_its_help(run):
+    assert run() == run("--help")
+    assert "\n  inspect " in run()[1]
+
+
+def test_errors_of_the_system_name_the_file_and_the_reason(run, tmp_path):
+    missing = tmp_path / "none.bson"
+    sentence = f"gpustore: {missing}: there is no such file; check the path\n"
+    assert run("inspect", missing) == (1, "", sentence)
+    gs.save(tmp_path / "a.bson", a=1)
+    err = run("cpu", tmp_path / "a.bson", "-o", tmp_path / "none" / "b.bson")[2]
+    assert err == f"gpustore: {tmp_path / 'none'}: there is no such folder; create it first\n"
+
+
+@pytest.mark.parametrize("name", cli.cli.commands)
+def test_the_help_of_each_command_has_examples(run, name):
+    code, out, _ = run(name, "--help")
+    assert code == 0 and "Example" in out and f"gpustore {name} " in out
+
+
+def test_a_shell_is_told_how_to_complete_and_what():
+    def asked(**variables):
+        environment = os.environ | variables
+        return subprocess.run([COMMAND], capture_output=True, text=True, env=environment).stdout
+
+    for shell in ("zsh", "fish"):
+        assert "_GPUSTORE_COMPLETE" in asked(_GPUSTORE_COMPLETE=f"{shell}_source")
+    given = {"_GPUSTORE_COMPLETE": "bash_complete", "COMP_CWORD": "1"}
+    assert asked(**given, COMP_WORDS="gpustore ins") == "plain,inspect\n"
+    given["COMP_CWORD"] = "2"
+    assert "plain,--stats\n" in asked(**given, COMP_WORDS="gpustore inspect --s")
+    assert asked(**given, COMP_WORDS="gpustore inspect mod") == "file,mod\n"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is absent")
+def test_bash_completes_by_what_the_command_prints():
+    script = (
+        'eval "$(_GPUSTORE_COMPLETE=bash_source gpustore)" && COMP_WORDS=(gpustore ver) '
+        'COMP_CWORD=1 && _gpustore_completion gpustore ver gpustore && echo "${COMPREPLY[@]}"'
+    )
+    path = os.pathsep.join((os.path.dirname(COMMAND), os.environ["PATH"]))
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True,
+                          env=os.environ | {"PATH": path})  # fmt: skip
+    assert done.stdout == "verify\n", done.stderr
+
+
+def test_names_in_a_file_do_not_steer_the_terminal(run, tmp_path):
+    name, tail = "a\x1b[2J\x07[bold]", "\u202e"
+    gs.save(tmp_path / "a.bson", {name: np.zeros(2), "b": {tail: [name]}, "c": Other(name)})
+    gs.save(tmp_path / "b.bson", {tail: 1})
+    for arguments in (["inspect"], ["inspect", "--stats"], ["diff", tmp_path / "b.bson"]):
+        out = "".join(run(*arguments, tmp_path / "a.bson")[1:])
+        assert r"a\x1b[2J\x07[bold]" in out
+        assert all(c.isprintable() or c == "\n" for c in out), arguments
+    (tmp_path / "\x1b.bson").write_bytes(b"")
+    err = run("verify", tmp_path / "\x1b.bson")[2]
+    assert r"\x1b.bson" in err and "\x1b" not in err
+
+
+@gs.model_type("Main.Other")
+@dataclasses.dataclass
+class Other:
+    text: str
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no pseudo-terminal")
+@pytest.mark.parametrize(("variables", "is_coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_a_terminal_sees_colours_unless_told_not_to(tagged, variables, is_coloured):
+    shown = on_a_terminal([COMMAND, "inspect", str(tagged)], {"TERM": "xterm"} | variables)
+    assert (
+        "weight" in shown and (re.search("\x1b\\[[0-9;]*3[0-7]m", shown) is not None) == is_coloured
+    )
+
+
+def on_a_terminal(command: list[str], variables: dict[str, str]) -> str:
+    unset = ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLORTERM")
+    kept = {name: text for name, text in os.environ.items() if name not in unset}
+    script = "import os, pty, sys; os.environ.clear(); os.environ.update({!r}); pty.spawn({!r})"
+    done = subprocess.run([sys.executable, "-c", script.format(kept | variables, command)],
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL)  # fmt: skip
+    return done.stdout
+
+
+def test_what_an_old_encoding_cannot_say_is_escaped(tmp_path):
+    gs.save(tmp_path / "a.bson", {"μ": np.zeros(2)})
+    done = subprocess.run(
+        [COMMAND, "inspect", str(tmp_path / "a.bson")],
+        capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0 and rb"\u03bc: float64" in done.stdout, done.stderr
+
+
+def test_an_interrupt_is_one_word_and_code_130(run, tagged, monkeypatch):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "open_file", interrupted)
+    assert run("verify", tagged) == (130, "", "gpustore: interrupted\n")
 
 
 def test_a_bar_is_shown_on_a_terminal_once_the_work_takes_a_second(monkeypatch, capsys):
-    from gpustore import cli
-
-    clock = iter([0.0, 0.5, 1.5, 1.6, 1.7])
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)
-    with cli._progress("verifying") as report:
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(terminal.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with terminal.progress("verifying") as report:
+        now[0] = 0.5
         report(1, 10)
         assert "verifying" not in capsys.readouterr().err
-        report(5, 10)
+        now[0] = 1.5
         report(10, 10)
-    assert "100%" in capsys.readouterr().err
-    with cli._progress("verifying") as report:
+    shown = capsys.readouterr()
+    assert "verifying" in shown.err and "100%" in shown.err and shown.out == ""
+    with terminal.progress("verifying"):
         pass
     assert capsys.readouterr().err == ""
+
+
+def test_no_bar_is_shown_where_nobody_looks(monkeypatch, capsys):
+    clock = iter(range(100))
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with terminal.progress("verifying") as report:
+        report(5, 10)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_rich_and_matplotlib_are_loaded_only_where_they_are_used():
+    code = "import sys, gpustore, gpustore.plot, gpustore.inspection; print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"rich", "click", "matplotlib"} & set(shown.stdout.split())

@@ -106,6 +106,9 @@ def test_of_two_processes_that_save_one_path_one_wins_whole(tmp_path):
         subprocess.Popen([*arguments, start], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for start in ("1", "1000000")
     ]
+    while not path.exists():  # on a busy machine Python alone takes longer than what follows
+        assert all(saver.poll() is None for saver in savers)
+        time.sleep(0.01)
     time.sleep(0.7)
     for saver in savers:
         assert saver.poll() is None, saver.stderr.read()

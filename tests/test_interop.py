@@ -90,6 +90,26 @@ def test_arrays_of_jax_are_saved_and_come_back(jax, file):
     assert jax.tree.all(same)
 
 
+def test_flaxs_parameters_and_optaxs_states_come_back(jax, file):
+    linen, optax = pytest.importorskip("flax.linen"), pytest.importorskip("optax")
+    for cls in (optax.ScaleByAdamState, optax.EmptyState):
+        gs.model_type(f"optax.{cls.__name__}")(cls)
+    params = linen.Dense(3).init(jax.random.key(0), jax.numpy.ones((1, 2)))
+    tree = {"params": params, "opt": optax.adam(1e-3).init(params)}
+    gs.save(file, tree)
+    found = gs.load(file, framework="jax")
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), tree, found))
+
+
+def test_containers_of_frameworks_are_refused_with_what_to_save_instead(torch, file):
+    with pytest.raises(gs.UnsupportedValueError, match=r"m: .*Linear cannot.*its state_dict\(\)"):
+        gs.save(file, m=torch.nn.Linear(2, 3))
+    flax = pytest.importorskip("flax")
+    with pytest.raises(gs.UnsupportedValueError, match=r"FrozenDict cannot.* save its unfreeze"):
+        gs.save(file, p=flax.core.freeze({"w": 1}))
+
+
 # --- loading without a copy -------------------------------------------------------------------
 
 

@@ -11,7 +11,21 @@ from numpy.typing import NDArray
 
 import gpustore
 import gpustore as gs
-from gpustore import Chain, Conv, Dense, Symbol, convert, errors, interop, relu, softmax, testing
+from gpustore import (
+    Chain,
+    Conv,
+    Dense,
+    Symbol,
+    convert,
+    difference,
+    errors,
+    figures,
+    inspection,
+    interop,
+    relu,
+    softmax,
+    testing,
+)
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -82,6 +96,19 @@ def files(folder: Path, net: TypedNet) -> None:
     except gs.EntryNotFoundError as error:
         known: errors.GpustoreError = error
         print(known)
+
+
+def look(path: Path) -> None:
+    """Look into a file, and compare it with itself, as the command does."""
+    with gs.open_file(path) as stored, gs.open_file(path) as other:
+        found: inspection.Inspection = inspection.inspect(stored)
+        measured: list[figures.Figures | None] = inspection.figures_of(stored)
+        text: dict[str, Any] = inspection.as_json(found, measured)
+        era: str = str(found.era)
+        apart: difference.Difference = difference.difference(stored, other, tolerance=1e-6)
+        array: Any = stored.view(stored.arrays[0])
+        assert text["loads_without_gpu"] and era.startswith("Flux") and not apart.changes
+        assert measured[0] == figures.figures(array)
 
 
 def julia(folder: Path) -> None:
@@ -186,6 +213,7 @@ def run(folder: Path) -> None:
     assert y.shape == (2, 3)
     assert gs.device_of(devices(model)) == "cpu" and len(weights(model)) == 5
     files(folder, TypedNet(Chain(model[2]), 2.0))
+    look(folder / "net.bson")
     julia(folder)
     image, series = np.ones((8, 8, 4, 3), np.float32), np.ones((4, 5), np.float32)
     assert len(layers(image, series)) == 40 and len(activations(series)) == 31
