@@ -18,7 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpustore.devices import is_array
-from gpustore.fake_streams import CUDARuntimeError, Event, Machine, OutOfMemoryError, Stream
+from gpustore.fake_streams import (
+    CUDADriverError,
+    CUDARuntimeError,
+    Event,
+    Machine,
+    OutOfMemoryError,
+    Stream,
+)
 
 FailMode = Literal["cupy-missing", "broken", "no-driver", "no-device"]
 
@@ -131,6 +138,7 @@ class FakeCudaArray(np.lib.mixins.NDArrayOperatorsMixin):
         )
 
     def __dlpack_device__(self) -> tuple[int, int]:
+        self._machine.check()
         return 2, self._ordinal
 
     def __dlpack__(
@@ -285,6 +293,7 @@ def _array(
     if source.dtype.char not in _DTYPE_CHARS:
         raise ValueError(f"Unsupported dtype {source.dtype}")
     layout = "A" if order in (None, "K") else order
+    machine.current_stream().refuse_capture()
     host = np.array(source, source.dtype.newbyteorder("<"), order=layout, copy=True)
     machine.transfers.append(("h2d", host.nbytes))
     return FakeCudaArray(host, machine, ordinal)
@@ -395,6 +404,7 @@ def _fake_cupy(machine: Machine) -> ModuleType:
             alloc_pinned_memory=machine.allocate_pinned,
             get_current_stream=machine.current_stream,
             is_available=partial(_is_available, machine),
+            driver=SimpleNamespace(CUDADriverError=CUDADriverError),
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             runtime=runtime,
         ),

@@ -40,15 +40,17 @@ def digests(arrays: list[Any]) -> list[bytes] | None:
     if not arrays:
         return []
     device = devices.array_device(arrays[0])
-    with staging.explained(device), devices.cuda_device(device):
-        chunks, parents = _kernel("blake3", "blake3_chunks"), _kernel("blake3", "blake3_parents")
-        if chunks is None or parents is None:
-            return None
-        try:
-            nodes = _hashed(arrays, chunks, parents)
-        except DeviceMemoryError:
-            return None
-        whole = nodes.get().tobytes()
+    try:
+        with staging.explained(device), devices.cuda_device(device):
+            chunks, parents = (
+                _kernel("blake3", "blake3_chunks"),
+                _kernel("blake3", "blake3_parents"),
+            )
+            if chunks is None or parents is None:
+                return None
+            whole = _hashed(arrays, chunks, parents).get().tobytes()
+    except DeviceMemoryError:
+        return None
     return [whole[i : i + DIGEST_NBYTES] for i in range(0, len(whole), DIGEST_NBYTES)]
 
 
@@ -74,21 +76,33 @@ def _hashed(arrays: list[Any], chunks: Any, parents: Any) -> Any:
 
 
 def gathered(arrays: list[Any]) -> list[NDArray[np.uint8]]:
-    """Return the row-major bytes of each CuPy array of one device in host memory, by one copy."""
+    """Return the row-major bytes of each CuPy array of one device in host memory, by one copy.
+
+    Where the device has no room for a slab of them all, by a copy for each.
+    """
     device = devices.array_device(arrays[0])
-    with staging.explained(device, sum(a.nbytes for a in arrays)), devices.cuda_device(device):
-        rows = [devices.load_cupy().ascontiguousarray(array) for array in arrays]
-        nbytes = np.array([row.nbytes for row in rows], np.uint64)
-        copy = _kernel("pack", "copy_arrays")
-        if copy is None:
-            starts = np.cumsum(nbytes) - nbytes
-            host = devices.load_cupy().concatenate([_octets(row) for row in rows]).get()
-        else:
-            starts, total = _places(nbytes)
-            slab = devices.load_cupy().empty(total, np.uint8)
-            _copy(copy, _addresses(rows), starts + np.uint64(slab.data.ptr), nbytes)
-            host = slab.get()
-        return [host[int(a) : int(a + n)] for a, n in zip(starts, nbytes, strict=True)]
+    nbytes = np.array([array.nbytes for array in arrays], np.uint64)
+    try:
+        with staging.explained(device, int(nbytes.sum())), devices.cuda_device(device):
+            starts, host = _gathered(arrays, nbytes)
+    except DeviceMemoryError:
+        with staging.explained(device, int(nbytes.max())):
+            whole = [np.ascontiguousarray(devices.to_host(array)) for array in arrays]
+        return [array.reshape(-1).view(np.uint8) for array in whole]
+    return [host[int(a) : int(a + n)] for a, n in zip(starts, nbytes, strict=True)]
+
+
+def _gathered(arrays: list[Any], nbytes: NDArray[np.uint64]) -> tuple[Any, Any]:
+    """Return where each array begins in a slab of them all, and the slab in host memory."""
+    rows = [devices.load_cupy().ascontiguousarray(array) for array in arrays]
+    copy = _kernel("pack", "copy_arrays")
+    if copy is None:
+        whole = devices.load_cupy().concatenate([_octets(row) for row in rows])
+        return np.cumsum(nbytes) - nbytes, whole.get()
+    starts, total = _places(nbytes)
+    slab = devices.load_cupy().empty(total, np.uint8)
+    _copy(copy, _addresses(rows), starts + np.uint64(slab.data.ptr), nbytes)
+    return starts, slab.get()
 
 
 def scatter(pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
@@ -105,14 +119,11 @@ def scatter(pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
         else:
             rest.append((target, source))
     for device, members in slabs.items():
-        with staging.explained(device, _SLAB_NBYTES), devices.cuda_device(device):
-            copy = _kernel("pack", "copy_arrays")
-            if copy is None:
-                rest += members
-                continue
-            slab_at = np.cumsum([target.nbytes for target, _ in members]) // _SLAB_NBYTES
-            for _, group in itertools.groupby(zip(slab_at, members, strict=True), lambda m: m[0]):
-                _scatter(copy, [member for _, member in group])
+        slab_at = np.cumsum([target.nbytes for target, _ in members]) // _SLAB_NBYTES
+        for _, group in itertools.groupby(zip(slab_at, members, strict=True), lambda m: m[0]):
+            some = [member for _, member in group]
+            if not _is_scattered(device, some):
+                rest += some
     return rest
 
 
@@ -121,10 +132,23 @@ def _is_for_slab(target: Any) -> bool:
     return is_small and bool(target.flags.forc)
 
 
-def _scatter(copy: Any, members: list[tuple[Any, Any]]) -> None:
+def _is_scattered(device: str, members: list[tuple[Any, Any]]) -> bool:
+    """Copy the members by way of a slab; False without kernels, and without room for one."""
     nbytes = np.array([target.nbytes for target, _ in members], np.uint64)
     starts, total = _places(nbytes)
-    host = np.empty(total, np.uint8)
+    try:
+        with staging.explained(device, total), devices.cuda_device(device):
+            copy = _kernel("pack", "copy_arrays")
+            if copy is not None:
+                _scatter(copy, members, starts, nbytes, np.empty(total, np.uint8))
+    except DeviceMemoryError:
+        return False
+    return copy is not None
+
+
+def _scatter(
+    copy: Any, members: list[tuple[Any, Any]], starts: Any, nbytes: Any, host: Any
+) -> None:
     for (target, source), start in zip(members, starts.tolist(), strict=True):
         order = "C" if target.flags.c_contiguous else "F"
         flat = host[start : start + target.nbytes].view(target.dtype)

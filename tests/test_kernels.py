@@ -205,6 +205,58 @@ def test_loadparams_of_many_small_arrays_is_one_copy_and_one_launch(cupy):
     assert all(model[n][0].item() == n for n in range(10_000))
 
 
+# --- when something fails ---------------------------------------------------------------------
+
+
+def test_where_the_device_has_no_room_the_host_hashes_and_arrays_come_one_by_one(tmp_path, cupy):
+    arrays = {f"a{n}": octets(n, n) for n in (100, 3000, 300_000)}
+    model = {name: cupy.asarray(array) for name, array in arrays.items()}
+    kernels.digests([model["a100"]])  # compiled
+    cupy.machine.memory_nbytes = 0  # for more than what is there
+    assert kernels.digests([*model.values()]) is None
+    gs.save(tmp_path / "m.bson", model)
+    assert "copy_arrays" not in launches(cupy)
+    found = gs.load(tmp_path / "m.bson", verify=True)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+    gs.loadparams(model, [octets(array.size, 7) for array in arrays.values()])
+    for array in model.values():
+        np.testing.assert_array_equal(array.get(), octets(array.size, 7))
+    assert cupy.machine.violations == []
+
+
+@pytest.mark.parametrize("status", [2, 719])
+@pytest.mark.parametrize("nth", range(6))
+@pytest.mark.parametrize("job", ["save", "load", "loadparams"])
+def test_a_kernel_that_is_not_launched_is_a_typed_error(
+    tmp_path, built, small_lanes, job, nth, status
+):
+    path = tmp_path / "m.bson"
+    with fake_cuda(2) as fake:
+        cupy = with_kernels(fake, built)
+        model = model_on(cupy)
+        gs.save(path, model, on_gpu="tag")
+        before = path.read_bytes()
+        jobs = {
+            "save": lambda: gs.save(path, model),
+            "load": lambda: gs.load(path, verify=True),
+            "loadparams": lambda: gs.loadparams(model, gs.params(gs.load(path, device="cpu"))),
+        }
+        cupy.machine.faults["launch"] = nth, status
+        error = None
+        try:
+            jobs[job]()
+        except gs.DeviceError as found:
+            error = str(found)
+        if error is None:  # so many launches there were not, or it is done without
+            assert status == 2 or cupy.machine.faults["launch"][0] >= 0
+        else:
+            assert "cuda:0: CUDA_ERROR_LaunchFailure" in error and status == 719
+            assert path.read_bytes() == before
+        assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+        assert cupy.machine.pinned_nbytes == 0 and cupy.machine.violations == []
+
+
 # --- verified loading -------------------------------------------------------------------------
 
 NAMES = ["a1", "a100", f"a{GROUP}", f"a{LANE + 1}", f"a{3 * LANE}", "host", "extra"]

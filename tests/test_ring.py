@@ -246,6 +246,40 @@ def test_a_fault_in_a_load_releases_what_was_placed(file, stage, nth, status):
         clean(cupy)
 
 
+@pytest.mark.parametrize("nbytes", [100, GROUP * 3])
+def test_a_gpu_in_error_is_said_to_be(file, nbytes, monkeypatch):
+    gs.save(file, old=1)
+    before = file.read_bytes()
+    for ring_mib in ("1", "0"):
+        monkeypatch.setenv("GPUSTORE_RING_MIB", ring_mib)
+        with fake_cuda(2) as cupy:
+            array = on(1, values(nbytes), cupy)
+            cupy.machine.status = 719  # a kernel of the caller's has failed
+            with pytest.raises(gs.DeviceError, match="cuda:1: cudaErrorLaunchFailure.*restart"):
+                gs.save(file, array=array)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("job", ["save", "load"])
+def test_while_a_graph_is_captured_nothing_is_saved_or_loaded(file, job):
+    with fake_cuda(2) as cupy:
+        array = cupy.asarray(values(GROUP * 3))
+        gs.save(file, array=array, on_gpu="tag")
+        before, stream = file.read_bytes(), cupy.cuda.Stream(non_blocking=True)
+        stream.is_captured = True
+        with stream, pytest.raises(gs.DeviceError, match="capturing.*; a CUDA graph is being"):
+            gs.save(file, array=array) if job == "save" else gs.load(file)
+        clean(cupy, used=True)
+    assert file.read_bytes() == before
+
+
+def test_only_the_devices_of_the_arrays_are_used(file):
+    with fake_cuda(2) as cupy:
+        gs.save(file, a=on(1, values(3 * LANE), cupy), b=on(1, values(99), cupy), on_gpu="tag")
+        gs.load(file, verify=True)
+        assert cupy.machine.used_devices == {1}
+
+
 @pytest.mark.parametrize("nth", range(6))
 def test_a_full_disk_while_lanes_write_leaves_the_old_file(file, nth, monkeypatch):
     gs.save(file, old=1)
