@@ -23,6 +23,7 @@ from gpustore.fake_streams import (
     CUDARuntimeError,
     Event,
     Machine,
+    MemoryPointer,
     OutOfMemoryError,
     Stream,
 )
@@ -69,26 +70,6 @@ class _FakeDevice:
         self._machine.synchronize(self.id)
 
 
-class _MemoryPointer:
-    """cupy.cuda.MemoryPointer: octets of a device from one address on."""
-
-    def __init__(self, machine: Machine, octets: NDArray[Any]) -> None:
-        self._machine, self._octets = machine, octets
-
-    @property
-    def ptr(self) -> int:
-        return int(self._octets.ctypes.data)
-
-    def __add__(self, offset: int) -> _MemoryPointer:
-        return _MemoryPointer(self._machine, self._octets[offset:])
-
-    def copy_to_host_async(self, mem: Any, size: int, stream: Stream) -> None:
-        self._machine.copy_async(stream, self._octets, mem, size, "d2h")
-
-    def copy_from_host_async(self, mem: Any, size: int, stream: Stream) -> None:
-        self._machine.copy_async(stream, self._octets, mem, size, "h2d")
-
-
 def _converted(convert: Callable[[Any], Any]) -> Callable[[FakeCudaArray], Any]:
     return lambda array: convert(array.get())
 
@@ -114,9 +95,9 @@ class FakeCudaArray(np.lib.mixins.NDArrayOperatorsMixin):
         return _FakeDevice(self._machine, self._ordinal)
 
     @property
-    def data(self) -> _MemoryPointer:
+    def data(self) -> MemoryPointer:
         flat = self._host.reshape(-1, order="A" if self._host.flags.forc else "C")
-        return _MemoryPointer(self._machine, flat.view(np.uint8))
+        return MemoryPointer(self._machine, flat.view(np.uint8))
 
     @property
     def T(self) -> FakeCudaArray:

@@ -294,3 +294,23 @@ class Event:
     def synchronize(self) -> None:
         self._machine.reach("wait")
         self.run()
+
+
+class MemoryPointer:
+    """cupy.cuda.MemoryPointer: octets of a device from one address on."""
+
+    def __init__(self, machine: Machine, octets: NDArray[Any]) -> None:
+        self._machine, self._octets = machine, octets
+
+    @property
+    def ptr(self) -> int:
+        return int(self._octets.ctypes.data)
+
+    def __add__(self, offset: int) -> MemoryPointer:
+        return MemoryPointer(self._machine, self._octets[offset:])
+
+    def copy_to_host_async(self, mem: Any, size: int, stream: Stream) -> None:
+        self._machine.copy_async(stream, self._octets, mem, size, "d2h")
+
+    def copy_from_host_async(self, mem: Any, size: int, stream: Stream) -> None:
+        self._machine.copy_async(stream, self._octets, mem, size, "h2d")
