@@ -44,7 +44,7 @@ bench: $(READY)
 
 # on a machine with a GPU, by the python at hand; rivals that are missing are left out
 bench-gpu:
-	$(PYTHON) bench/gpu.py
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) bench/gpu.py $(BENCH)
 
 lint: $(READY)
 	$(BIN)/ruff check .
