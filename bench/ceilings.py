@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,12 +48,29 @@ def ceilings(folder: Path, nbytes: int, cupy: Any, until: float) -> Figures:
         f"plain write {threads} threads": lambda: write(path, host, threads),
         f"plain write {threads} threads without fallocate": lambda: write(path, host, threads, 0),
         f"mapped write {threads} threads": lambda: write_mapped(path, host, threads),
+        f"mapped write {threads} threads without fallocate": lambda: write_mapped(
+            path, host, threads, 0
+        ),
         "plain read 1 thread": lambda: read(path, host, 1),
         f"plain read {threads} threads": lambda: read(path, host, threads),
     }
-    found = speeds(nbytes, in_turn(calls, cupy, until))
-    path.unlink()
-    return found
+    return speeds(nbytes, in_turn(calls, cupy, until, folder=folder))
+
+
+def faster(folders: list[str], nbytes: int) -> str:
+    """Return the folder of those with room for so much where a file of 256 MiB is written faster.
+
+    In a virtual machine tmpfs may be the slower one, by far: it takes memory in small pages.
+    """
+    content, seconds = np.ones(2**28, np.uint8), {}
+    for folder in folders:
+        if os.path.isdir(folder) and shutil.disk_usage(folder).free > nbytes:
+            with tempfile.TemporaryDirectory(dir=folder) as name:
+                for _ in range(2):
+                    start = time.perf_counter()
+                    write(Path(name) / "probe", content, 1)
+                    seconds[folder] = time.perf_counter() - start
+    return min(seconds, key=lambda folder: seconds[folder]) if seconds else folders[0]
 
 
 def write(path: Path, host: Any, threads: int, reserved: int = 1) -> None:
@@ -59,14 +79,15 @@ def write(path: Path, host: Any, threads: int, reserved: int = 1) -> None:
         in_pieces(lambda part, start: os.pwrite(descriptor, part.data, start), host, threads)
 
 
-def write_mapped(path: Path, host: Any, threads: int) -> None:
+def write_mapped(path: Path, host: Any, threads: int, reserved: int = 1) -> None:
     """Write a new file by way of a mapping of it, which several threads fill at once."""
 
     def copy(part: Any, start: int) -> int:
         np.copyto(there[start : start + part.size], part)
         return int(part.size)
 
-    with new_file(path, host.size) as descriptor:
+    with new_file(path, host.size * reserved) as descriptor:
+        os.ftruncate(descriptor, host.size)
         there = np.frombuffer(mmap.mmap(descriptor, host.size), np.uint8)
         in_pieces(copy, host, threads)
 
