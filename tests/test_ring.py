@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -317,6 +320,87 @@ def test_ctrl_c_stops_the_lanes(file, job):
         del job
         del model
         clean(cupy)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("job", ["save", "load"])
+def test_ctrl_c_while_the_lanes_work_waits_for_them(file, job, times, monkeypatch):
+    with fake_cuda(2) as cupy:
+        model = [cupy.asarray(values(9 * LANE, i)) for i in range(3)]
+        gs.save(file, model, on_gpu="tag")
+        before, left = file.read_bytes(), [times]
+        name = "to_host" if job == "save" else "to_device"
+        work = getattr(staging.Lane, name)
+
+        def struck(lane: staging.Lane, *args: Any) -> Any:
+            if left[0] > 0:
+                left[0] -= 1
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            return work(lane, *args)
+
+        monkeypatch.setattr(staging.Lane, name, struck)
+        with pytest.raises(KeyboardInterrupt):
+            gs.save(file, model) if job == "save" else gs.load(file)
+        del model
+        clean(cupy)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_however_often_ctrl_c_comes_the_lanes_are_waited_for(monkeypatch):
+    events = iter(["Ctrl-C", "Ctrl-C", "end"])
+    running = []
+
+    def joined() -> None:
+        if next(events) == "Ctrl-C":
+            raise KeyboardInterrupt
+        running.clear()
+
+    running.append(SimpleNamespace(is_alive=lambda: True, join=joined))
+    monkeypatch.setattr(threading, "enumerate", lambda: running)
+    with pytest.raises(KeyboardInterrupt):
+        ring._join(running[:])
+    assert not running
+
+
+@pytest.mark.parametrize("nth", range(5))
+def test_a_disk_that_cannot_be_read_releases_what_was_placed(file, nth, monkeypatch):
+    gs.save(file, {f"w{i}": values(3 * LANE, i) for i in range(3)})
+    calls, preadv = [], os.preadv
+
+    def failing(descriptor: int, buffers: Any, offset: int) -> int:
+        calls.append(offset)
+        if len(calls) == nth + 1:
+            raise OSError(errno.EIO, "Input/output error")
+        return preadv(descriptor, buffers, offset)
+
+    with fake_cuda(2) as cupy:
+        monkeypatch.setattr(os, "preadv", failing)
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            gs.load(file, device="cuda:1")
+        assert caught.value.errno == errno.EIO
+        clean(cupy)
+
+
+@pytest.mark.parametrize("nth", range(4))
+def test_a_hash_that_fails_leaves_the_old_file(file, nth, monkeypatch):
+    gs.save(file, old=1)
+    before, calls = file.read_bytes(), []
+
+    def failing(octets: Any) -> None:
+        calls.append(len(octets))
+        if len(calls) > nth:
+            raise MemoryError("no room to hash")
+
+    hasher = SimpleNamespace(update=failing, digest=lambda: bytes(32))
+    with fake_cuda(2) as cupy:
+        monkeypatch.setattr("gpustore.digest.blake3", mock.Mock(return_value=hasher))
+        model = [cupy.asarray(values(2 * LANE, i)) for i in range(3)]
+        with pytest.raises(MemoryError, match="no room to hash"):
+            gs.save(file, model)
+        clean(cupy, used=True)
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
