@@ -24,7 +24,8 @@ import gpustore  # noqa: E402
 installed = Path(gpustore.__file__).parent
 assert installed.parent.name == "site-packages", f"not the installed package: {installed}"
 assert importlib.metadata.version("gpustore") == gpustore.__version__
-assert (importlib.resources.files("gpustore") / "py.typed").is_file()
+for name in ("py.typed", "cuda/blake3.cu", "cuda/pack.cu"):
+    assert importlib.resources.files("gpustore").joinpath(name).is_file(), name
 for command in (
     ["inspect", "mymodel.bson"],
     ["verify", "mymodel.bson"],

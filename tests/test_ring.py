@@ -263,6 +263,22 @@ def test_a_gpu_in_error_is_said_to_be(file, nbytes, monkeypatch):
     assert file.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [(46, "another process holds the GPU .nvidia-smi"), (719, "restart the process")],
+)
+@pytest.mark.parametrize("job", ["save", "load"])
+def test_what_to_do_about_a_gpu_is_said(file, job, status, advice):
+    with fake_cuda(2) as cupy:
+        array = cupy.asarray(values(3 * LANE))
+        gs.save(file, array=array, on_gpu="tag")
+        before = file.read_bytes()
+        cupy.machine.faults["stream"] = 0, status
+        with pytest.raises(gs.DeviceError, match=f"cuda:0: cudaError.*{advice}"):
+            gs.save(file, array=array) if job == "save" else gs.load(file)
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("job", ["save", "load"])
 def test_while_a_graph_is_captured_nothing_is_saved_or_loaded(file, job):
     with fake_cuda(2) as cupy:
