@@ -27,18 +27,30 @@ _EDGE, _TURN_THREADS = 32, 256
 _ALIGNMENT = 16  # of arrays in a slab: the widest access of a thread
 _SMALL_NBYTES, _SLAB_NBYTES = 256 * 1024, 32 * 1024 * 1024  # what is scattered, at most at once
 
+_BATCH_NBYTES = 2**32  # hashed at once, but for larger arrays
+
 _LOG = logging.getLogger("gpustore")
 
 
 def digests(arrays: list[Any]) -> list[bytes] | None:
     """Return the BLAKE3 digest of the bytes of each row-major CuPy array, all of one device.
 
-    They are hashed where they lie, all in one launch and the trees above in one or two more, after
-    what the current stream does there. None where there are no kernels, or no room for a
-    thirty-second of the arrays' size.
+    They are hashed where they lie, up to 4 GiB of them in one launch and the trees above in one or
+    two more, after what the current stream does there. None where there are no kernels, or no room
+    for a thirty-second of the bytes that are hashed at once.
     """
-    if not arrays:
-        return []
+    found: list[bytes] = []
+    ends = np.cumsum([array.nbytes for array in arrays])
+    batches = itertools.groupby(zip(ends // _BATCH_NBYTES, arrays, strict=True), lambda m: m[0])
+    for _, batch in batches:
+        some = _digests([array for _, array in batch])
+        if some is None:
+            return None
+        found += some
+    return found
+
+
+def _digests(arrays: list[Any]) -> list[bytes] | None:
     device = devices.array_device(arrays[0])
     try:
         with staging.explained(device), devices.cuda_device(device):
@@ -193,7 +205,9 @@ def flat_octets(array: Any, start: Any) -> Any:
 def _turned(array: Any) -> Any:
     """Return a row-major copy of an array: of a column-major matrix by tiles."""
     turn = None
-    if array.ndim == 2 and array.flags.f_contiguous and array.itemsize in (1, 2, 4, 8, 16):
+    is_aligned = array.data.ptr % array.itemsize == 0  # of complex numbers one may not be
+    is_turnable = is_aligned and array.itemsize in (1, 2, 4, 8, 16)
+    if array.ndim == 2 and array.flags.f_contiguous and is_turnable:
         turn = _kernel("pack", f"turn_{array.itemsize}")
     if turn is None:
         return devices.load_cupy().ascontiguousarray(array)

@@ -95,6 +95,13 @@ def test_digests_of_trees_of_three_and_four_levels(cupy, nbytes):
     assert kernels.digests([cupy.asarray(array)]) == expected([array])
 
 
+def test_digests_of_much_are_made_in_batches(cupy, monkeypatch):
+    monkeypatch.setattr(kernels, "_BATCH_NBYTES", 5000)
+    arrays = [octets(nbytes, nbytes) for nbytes in (0, 1, 3000, 3000, 9000, 0, 2000)]
+    assert kernels.digests([cupy.asarray(array) for array in arrays]) == expected(arrays)
+    assert 2 < launches(cupy).count("blake3_chunks") < len(arrays)
+
+
 def test_digests_wait_for_the_current_stream(cupy):
     array = cupy.asarray(np.zeros(100, np.uint8))
     stream = cupy.cuda.Stream()
@@ -116,6 +123,15 @@ def test_matrices_are_turned(cupy, shape, dtype):
     assert found.get().tobytes() == matrix.tobytes("C")
     turned = 0 if matrix.flags.c_contiguous else 1
     assert launches(cupy) == [f"turn_{matrix.itemsize}"] * turned
+
+
+def test_a_matrix_of_numbers_that_are_not_aligned_is_left_to_cupy(cupy):
+    flat = cupy.asarray(np.arange(13, dtype="f8"))
+    off = flat[1 + flat.data.ptr % 16 // 8 :]  # complex numbers at multiples of 8, not of 16
+    matrix = off[: len(off) // 2 * 2].view("c16").reshape(-1, 1)[:4].reshape(2, 2).T
+    (start,) = staging.origins({"cuda:0"}).values()
+    found = kernels.flat_octets(matrix, start)
+    assert found.get().tobytes() == matrix.get().tobytes("C") and launches(cupy) == []
 
 
 @settings(max_examples=60)
@@ -251,7 +267,7 @@ def test_a_kernel_that_is_not_launched_is_a_typed_error(
         if error is None:  # so many launches there were not, or it is done without
             assert status == 2 or cupy.machine.faults["launch"][0] >= 0
         else:
-            assert "cuda:0: CUDA_ERROR_LaunchFailure" in error and status == 719
+            assert "LaunchFailure" in error and status == 719  # what another lane met may be first
             assert path.read_bytes() == before
         assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
         assert cupy.machine.pinned_nbytes == 0 and cupy.machine.violations == []
