@@ -27,6 +27,9 @@ _EDGE, _TURN_THREADS = 32, 256
 _ALIGNMENT = 16  # of arrays in a slab: the widest access of a thread
 _SMALL_NBYTES, _SLAB_NBYTES = 256 * 1024, 32 * 1024 * 1024  # what is scattered, at most at once
 
+# cudaError_t and CUresult of what does not say that kernels cannot be compiled here: no memory, a
+# context in error, a graph being captured
+_PASSING = frozenset({2, *range(700, 720), *range(900, 909)})
 _BATCH_NBYTES = 2**32  # hashed at once, but for larger arrays
 
 _LOG = logging.getLogger("gpustore")
@@ -265,6 +268,9 @@ def _module(cupy: Any, file: str) -> Any:
         module = cupy.RawModule(code=code, options=("--std=c++17",))
         module.compile()
     except Exception as error:  # NVRTC missing or failing: many kinds
+        of_cuda = cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError
+        if isinstance(error, of_cuda) and error.status in _PASSING:
+            raise
         _LOG.warning("kernels/%s.cu cannot be compiled, so the host does its work: %s", file, error)
         return None
     return module

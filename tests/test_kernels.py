@@ -160,6 +160,18 @@ def test_a_kernel_that_cannot_be_compiled_is_said_and_done_without(tmp_path, cap
     np.testing.assert_array_equal(loaded[0], octets(500_000))
 
 
+def test_a_gpu_without_room_for_the_kernels_is_asked_again(cupy):
+    compiled, array = cupy.RawModule, cupy.asarray(octets(100))
+
+    def failing(code: str, options: tuple[str, ...]) -> Any:
+        raise cupy.cuda.driver.CUDADriverError(2)
+
+    cupy.RawModule = failing
+    assert kernels.digests([array]) is None
+    cupy.RawModule = compiled
+    assert kernels.digests([array]) == expected([array.get()])
+
+
 # --- in saving and loading --------------------------------------------------------------------
 
 GROUP, LANE = 4096, 64 * 1024
