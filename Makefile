@@ -28,9 +28,12 @@ test-matrix:
 test-kernels:
 	PYTHON=$(PYTHON) .ci/kernels
 
-# the whole suite with real CuPy arrays in the role of the device, by the python at hand
+# the whole suite with real CuPy arrays in the role of the device, by the python at hand: it has what
+# it has, so plugins may be missing, and warnings of libraries of other versions are no errors
 test-gpu:
-	GPUSTORE_TEST_DEVICE=cuda $(PYTHON) -m pytest
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" GPUSTORE_TEST_DEVICE=cuda JAX_PLATFORMS=cpu \
+	  $(PYTHON) -m pytest --override-ini addopts="-ra --doctest-modules -p no:cacheprovider" \
+	  -W default --continue-on-collection-errors
 
 # beside safetensors, and beside torch where it is installed
 bench: $(READY)
@@ -41,7 +44,7 @@ bench: $(READY)
 
 # on a machine with a GPU, by the python at hand; rivals that are missing are left out
 bench-gpu:
-	$(PYTHON) bench/gpu.py
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) bench/gpu.py $(BENCH)
 
 lint: $(READY)
 	$(BIN)/ruff check .

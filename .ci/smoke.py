@@ -25,8 +25,8 @@ import gpustore  # noqa: E402
 installed = Path(gpustore.__file__).parent
 assert installed.parent.name == "site-packages", f"not the installed package: {installed}"
 assert importlib.metadata.version("gpustore") == gpustore.__version__
-assert (importlib.resources.files("gpustore") / "py.typed").is_file()
-assert (importlib.resources.files("gpustore") / "cuda" / "blake3.cu").is_file()
+for name in ("py.typed", "cuda/blake3.cu", "cuda/pack.cu"):
+    assert importlib.resources.files("gpustore").joinpath(name).is_file(), name
 (commands,) = re.findall(r"```console\n(.*?)```", readme, re.DOTALL)
 for line in commands.splitlines():
     subprocess.run(shlex.split(line.removeprefix("$ "), comments=True), check=True)

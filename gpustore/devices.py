@@ -83,6 +83,8 @@ def array_device(array: Any) -> str:
     """
     if isinstance(array, np.ndarray):
         return "cpu"
+    if is_cupy_array(array):  # its own record: a GPU in error answers no question about memory
+        return f"cuda:{array.device.id}"
     try:
         device_type, ordinal = map(int, array.__dlpack_device__())
     except EXPORT_ERRORS as error:

@@ -18,7 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpustore.devices import is_array
-from gpustore.fake_streams import CUDARuntimeError, Event, Machine, OutOfMemoryError, Stream
+from gpustore.fake_streams import (
+    CUDADriverError,
+    CUDARuntimeError,
+    Event,
+    Machine,
+    MemoryPointer,
+    OutOfMemoryError,
+    Stream,
+)
 
 FailMode = Literal["cupy-missing", "broken", "no-driver", "no-device"]
 
@@ -62,26 +70,6 @@ class _FakeDevice:
         self._machine.synchronize(self.id)
 
 
-class _MemoryPointer:
-    """cupy.cuda.MemoryPointer: octets of a device from one address on."""
-
-    def __init__(self, machine: Machine, octets: NDArray[Any]) -> None:
-        self._machine, self._octets = machine, octets
-
-    @property
-    def ptr(self) -> int:
-        return int(self._octets.ctypes.data)
-
-    def __add__(self, offset: int) -> _MemoryPointer:
-        return _MemoryPointer(self._machine, self._octets[offset:])
-
-    def copy_to_host_async(self, mem: Any, size: int, stream: Stream) -> None:
-        self._machine.copy_async(stream, self._octets, mem, size, "d2h")
-
-    def copy_from_host_async(self, mem: Any, size: int, stream: Stream) -> None:
-        self._machine.copy_async(stream, self._octets, mem, size, "h2d")
-
-
 def _converted(convert: Callable[[Any], Any]) -> Callable[[FakeCudaArray], Any]:
     return lambda array: convert(array.get())
 
@@ -107,9 +95,9 @@ class FakeCudaArray(np.lib.mixins.NDArrayOperatorsMixin):
         return _FakeDevice(self._machine, self._ordinal)
 
     @property
-    def data(self) -> _MemoryPointer:
+    def data(self) -> MemoryPointer:
         flat = self._host.reshape(-1, order="A" if self._host.flags.forc else "C")
-        return _MemoryPointer(self._machine, flat.view(np.uint8))
+        return MemoryPointer(self._machine, flat.view(np.uint8))
 
     @property
     def T(self) -> FakeCudaArray:
@@ -131,6 +119,7 @@ class FakeCudaArray(np.lib.mixins.NDArrayOperatorsMixin):
         )
 
     def __dlpack_device__(self) -> tuple[int, int]:
+        self._machine.check()
         return 2, self._ordinal
 
     def __dlpack__(
@@ -285,6 +274,7 @@ def _array(
     if source.dtype.char not in _DTYPE_CHARS:
         raise ValueError(f"Unsupported dtype {source.dtype}")
     layout = "A" if order in (None, "K") else order
+    machine.current_stream().refuse_capture()
     host = np.array(source, source.dtype.newbyteorder("<"), order=layout, copy=True)
     machine.transfers.append(("h2d", host.nbytes))
     return FakeCudaArray(host, machine, ordinal)
@@ -395,6 +385,7 @@ def _fake_cupy(machine: Machine) -> ModuleType:
             alloc_pinned_memory=machine.allocate_pinned,
             get_current_stream=machine.current_stream,
             is_available=partial(_is_available, machine),
+            driver=SimpleNamespace(CUDADriverError=CUDADriverError),
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             runtime=runtime,
         ),

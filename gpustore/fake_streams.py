@@ -38,6 +38,14 @@ class CUDARuntimeError(RuntimeError):
         self.status = status
 
 
+class CUDADriverError(RuntimeError):
+    """CuPy's error of this name, which launches of kernels raise."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(STATUS_TEXT[status].replace("cudaError", "CUDA_ERROR_"))
+        self.status = status
+
+
 class OutOfMemoryError(MemoryError):
     """CuPy's error of this name."""
 
@@ -75,6 +83,7 @@ class Machine:
     violations: list[str] = field(default_factory=list)
     pinned: dict[int, _Pinned] = field(default_factory=dict)
     pinned_peak_nbytes: int = 0
+    used_devices: set[int] = field(default_factory=set)  # by memory, a stream or an event
     lock: Any = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
@@ -91,6 +100,8 @@ class Machine:
         """Fail here if a fault of this stage is due."""
         with self.lock:
             self.check()
+            if stage in ("pinned", "memory", "stream", "event"):
+                self.used_devices.add(self.current)
             left, status = self.faults.get(stage, (-1, 0))
             if left >= 0:
                 self.faults[stage] = (left - 1, status)
@@ -167,6 +178,7 @@ class Machine:
         """Queue a copy between octets of a device and pinned memory at an address."""
         address = mem if isinstance(mem, int) else mem.value
         self.reach("copy")
+        stream.refuse_capture()
         if nbytes > device.size:
             raise CUDARuntimeError(700)
         for start, pinned in list(self.pinned.items()):
@@ -206,6 +218,11 @@ class Stream:
             machine.streams.add(self)
         self._outer: list[Stream | None] = []
         self.queued = self.done_count = 0
+        self.is_captured = False  # into a CUDA graph
+
+    def refuse_capture(self) -> None:
+        if self.is_captured:
+            raise RuntimeError("the current stream is capturing, so transfers are disallowed")
 
     def launch(self, operation: Callable[[], None]) -> None:
         """Queue an operation, as a kernel is queued."""
@@ -230,6 +247,7 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         self.machine.check()
+        self.is_captured |= event.is_captured
         self.launch(event.run)
 
     def __enter__(self) -> Stream:
@@ -264,6 +282,10 @@ class Event:
             raise CUDARuntimeError(400)
         self._until = stream, stream.queued
 
+    @property
+    def is_captured(self) -> bool:
+        return self._until is not None and self._until[0].is_captured
+
     def run(self) -> None:
         if self._until is not None:
             stream, count = self._until
@@ -272,3 +294,23 @@ class Event:
     def synchronize(self) -> None:
         self._machine.reach("wait")
         self.run()
+
+
+class MemoryPointer:
+    """cupy.cuda.MemoryPointer: octets of a device from one address on."""
+
+    def __init__(self, machine: Machine, octets: NDArray[Any]) -> None:
+        self._machine, self._octets = machine, octets
+
+    @property
+    def ptr(self) -> int:
+        return int(self._octets.ctypes.data)
+
+    def __add__(self, offset: int) -> MemoryPointer:
+        return MemoryPointer(self._machine, self._octets[offset:])
+
+    def copy_to_host_async(self, mem: Any, size: int, stream: Stream) -> None:
+        self._machine.copy_async(stream, self._octets, mem, size, "d2h")
+
+    def copy_from_host_async(self, mem: Any, size: int, stream: Stream) -> None:
+        self._machine.copy_async(stream, self._octets, mem, size, "h2d")

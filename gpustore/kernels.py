@@ -27,28 +27,45 @@ _EDGE, _TURN_THREADS = 32, 256
 _ALIGNMENT = 16  # of arrays in a slab: the widest access of a thread
 _SMALL_NBYTES, _SLAB_NBYTES = 256 * 1024, 32 * 1024 * 1024  # what is scattered, at most at once
 
+# cudaError_t and CUresult of what does not say that kernels cannot be compiled here: no memory, a
+# context in error, a graph being captured
+_PASSING = frozenset({2, *range(700, 720), *range(900, 909)})
+_BATCH_NBYTES = 2**32  # hashed at once, but for larger arrays
+
 _LOG = logging.getLogger("gpustore")
 
 
 def digests(arrays: list[Any]) -> list[bytes] | None:
     """Return the BLAKE3 digest of the bytes of each row-major CuPy array, all of one device.
 
-    They are hashed where they lie, all in one launch and the trees above in one or two more, after
-    what the current stream does there. None where there are no kernels, or no room for a
-    thirty-second of the arrays' size.
+    They are hashed where they lie, up to 4 GiB of them in one launch and the trees above in one or
+    two more, after what the current stream does there. None where there are no kernels, or no room
+    for a thirty-second of the bytes that are hashed at once.
     """
-    if not arrays:
-        return []
+    found: list[bytes] = []
+    ends = np.cumsum([array.nbytes for array in arrays])
+    batches = itertools.groupby(zip(ends // _BATCH_NBYTES, arrays, strict=True), lambda m: m[0])
+    for _, batch in batches:
+        some = _digests([array for _, array in batch])
+        if some is None:
+            return None
+        found += some
+    return found
+
+
+def _digests(arrays: list[Any]) -> list[bytes] | None:
     device = devices.array_device(arrays[0])
-    with staging.explained(device), devices.cuda_device(device):
-        chunks, parents = _kernel("blake3", "blake3_chunks"), _kernel("blake3", "blake3_parents")
-        if chunks is None or parents is None:
-            return None
-        try:
-            nodes = _hashed(arrays, chunks, parents)
-        except DeviceMemoryError:
-            return None
-        whole = nodes.get().tobytes()
+    try:
+        with staging.explained(device), devices.cuda_device(device):
+            chunks, parents = (
+                _kernel("blake3", "blake3_chunks"),
+                _kernel("blake3", "blake3_parents"),
+            )
+            if chunks is None or parents is None:
+                return None
+            whole = _hashed(arrays, chunks, parents).get().tobytes()
+    except DeviceMemoryError:
+        return None
     return [whole[i : i + DIGEST_NBYTES] for i in range(0, len(whole), DIGEST_NBYTES)]
 
 
@@ -74,21 +91,33 @@ def _hashed(arrays: list[Any], chunks: Any, parents: Any) -> Any:
 
 
 def gathered(arrays: list[Any]) -> list[NDArray[np.uint8]]:
-    """Return the row-major bytes of each CuPy array of one device in host memory, by one copy."""
+    """Return the row-major bytes of each CuPy array of one device in host memory, by one copy.
+
+    Where the device has no room for a slab of them all, by a copy for each.
+    """
     device = devices.array_device(arrays[0])
-    with staging.explained(device, sum(a.nbytes for a in arrays)), devices.cuda_device(device):
-        rows = [devices.load_cupy().ascontiguousarray(array) for array in arrays]
-        nbytes = np.array([row.nbytes for row in rows], np.uint64)
-        copy = _kernel("pack", "copy_arrays")
-        if copy is None:
-            starts = np.cumsum(nbytes) - nbytes
-            host = devices.load_cupy().concatenate([_octets(row) for row in rows]).get()
-        else:
-            starts, total = _places(nbytes)
-            slab = devices.load_cupy().empty(total, np.uint8)
-            _copy(copy, _addresses(rows), starts + np.uint64(slab.data.ptr), nbytes)
-            host = slab.get()
-        return [host[int(a) : int(a + n)] for a, n in zip(starts, nbytes, strict=True)]
+    nbytes = np.array([array.nbytes for array in arrays], np.uint64)
+    try:
+        with staging.explained(device, int(nbytes.sum())), devices.cuda_device(device):
+            starts, host = _gathered(arrays, nbytes)
+    except DeviceMemoryError:
+        with staging.explained(device, int(nbytes.max())):
+            whole = [np.ascontiguousarray(devices.to_host(array)) for array in arrays]
+        return [array.reshape(-1).view(np.uint8) for array in whole]
+    return [host[int(a) : int(a + n)] for a, n in zip(starts, nbytes, strict=True)]
+
+
+def _gathered(arrays: list[Any], nbytes: NDArray[np.uint64]) -> tuple[Any, Any]:
+    """Return where each array begins in a slab of them all, and the slab in host memory."""
+    rows = [devices.load_cupy().ascontiguousarray(array) for array in arrays]
+    copy = _kernel("pack", "copy_arrays")
+    if copy is None:
+        whole = devices.load_cupy().concatenate([_octets(row) for row in rows])
+        return np.cumsum(nbytes) - nbytes, whole.get()
+    starts, total = _places(nbytes)
+    slab = devices.load_cupy().empty(total, np.uint8)
+    _copy(copy, _addresses(rows), starts + np.uint64(slab.data.ptr), nbytes)
+    return starts, slab.get()
 
 
 def scatter(pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
@@ -105,14 +134,11 @@ def scatter(pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
         else:
             rest.append((target, source))
     for device, members in slabs.items():
-        with staging.explained(device, _SLAB_NBYTES), devices.cuda_device(device):
-            copy = _kernel("pack", "copy_arrays")
-            if copy is None:
-                rest += members
-                continue
-            slab_at = np.cumsum([target.nbytes for target, _ in members]) // _SLAB_NBYTES
-            for _, group in itertools.groupby(zip(slab_at, members, strict=True), lambda m: m[0]):
-                _scatter(copy, [member for _, member in group])
+        slab_at = np.cumsum([target.nbytes for target, _ in members]) // _SLAB_NBYTES
+        for _, group in itertools.groupby(zip(slab_at, members, strict=True), lambda m: m[0]):
+            some = [member for _, member in group]
+            if not _is_scattered(device, some):
+                rest += some
     return rest
 
 
@@ -121,10 +147,23 @@ def _is_for_slab(target: Any) -> bool:
     return is_small and bool(target.flags.forc)
 
 
-def _scatter(copy: Any, members: list[tuple[Any, Any]]) -> None:
+def _is_scattered(device: str, members: list[tuple[Any, Any]]) -> bool:
+    """Copy the members by way of a slab; False without kernels, and without room for one."""
     nbytes = np.array([target.nbytes for target, _ in members], np.uint64)
     starts, total = _places(nbytes)
-    host = np.empty(total, np.uint8)
+    try:
+        with staging.explained(device, total), devices.cuda_device(device):
+            copy = _kernel("pack", "copy_arrays")
+            if copy is not None:
+                _scatter(copy, members, starts, nbytes, np.empty(total, np.uint8))
+    except DeviceMemoryError:
+        return False
+    return copy is not None
+
+
+def _scatter(
+    copy: Any, members: list[tuple[Any, Any]], starts: Any, nbytes: Any, host: Any
+) -> None:
     for (target, source), start in zip(members, starts.tolist(), strict=True):
         order = "C" if target.flags.c_contiguous else "F"
         flat = host[start : start + target.nbytes].view(target.dtype)
@@ -169,7 +208,9 @@ def flat_octets(array: Any, start: Any) -> Any:
 def _turned(array: Any) -> Any:
     """Return a row-major copy of an array: of a column-major matrix by tiles."""
     turn = None
-    if array.ndim == 2 and array.flags.f_contiguous and array.itemsize in (1, 2, 4, 8, 16):
+    is_aligned = array.data.ptr % array.itemsize == 0  # of complex numbers one may not be
+    is_turnable = is_aligned and array.itemsize in (1, 2, 4, 8, 16)
+    if array.ndim == 2 and array.flags.f_contiguous and is_turnable:
         turn = _kernel("pack", f"turn_{array.itemsize}")
     if turn is None:
         return devices.load_cupy().ascontiguousarray(array)
@@ -227,6 +268,9 @@ def _module(cupy: Any, file: str) -> Any:
         module = cupy.RawModule(code=code, options=("--std=c++17",))
         module.compile()
     except Exception as error:  # NVRTC missing or failing: many kinds
+        of_cuda = cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError
+        if isinstance(error, of_cuda) and error.status in _PASSING:
+            raise
         _LOG.warning("kernels/%s.cu cannot be compiled, so the host does its work: %s", file, error)
         return None
     return module

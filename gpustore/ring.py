@@ -87,9 +87,9 @@ def write_device_arrays(
         return nbytes
 
     starts = staging.origins({_device(payload) for payload, _ in large})
-    pieces = _pieces_to_write(large, starts)
+    pieces, count = _pieces_to_write(large, starts), _count(p.nbytes for p, _ in large)
     with gds.opened(file.descriptor, "r+", file.target) as direct:
-        _move(pieces, [by_host, directly] if direct else [by_host], starts, report)
+        _move(pieces, count, [by_host, directly] if direct else [by_host], starts, report)
 
 
 def _is_large(payload: Payload) -> bool:
@@ -201,7 +201,7 @@ def to_devices(
     what was placed so far is released.
     """
     placed: list[Any] = [None] * len(arrays)
-    slabs = list(_slabs_for(arrays, placed, report))
+    slabs: list[_Slab] = []
 
     def by_host(ring: _Ring, lane: staging.Lane, piece: _PieceToRead) -> int:
         slab, start, nbytes = piece
@@ -223,13 +223,15 @@ def to_devices(
         return nbytes
 
     try:
+        slabs += _slabs_for(arrays, placed, report)
         for slab in slabs:
             slab.octets = staging.empty_octets(slab.nbytes, slab.device)
         if slabs:
             starts = staging.origins({slab.device for slab in slabs})
             with gds.opened(reader.descriptor, "r", reader.path) as direct:
                 ways = [by_host, directly] if direct else [by_host]
-                _move(_pieces_to_read(slabs), ways, starts, report)
+                count = _count(slab.nbytes for slab in slabs)
+                _move(_pieces_to_read(slabs), count, ways, starts, report)
     except BaseException:
         placed.clear()
         for slab in slabs:
@@ -275,23 +277,56 @@ def _pieces_to_read(slabs: list[_Slab]) -> Iterator[tuple[_Slab, int, int]]:
 # --- the ring ---------------------------------------------------------------------------------
 
 
+def _count(sizes: Iterable[int]) -> int:
+    return sum(-(-nbytes // staging.LANE_NBYTES) for nbytes in sizes)
+
+
 def _move(
-    pieces: Iterator[Any], ways: Sequence[_Way], starts: staging.Origins, report: Report
+    pieces: Iterator[Any],
+    count: int,
+    ways: Sequence[_Way],
+    starts: staging.Origins,
+    report: Report,
 ) -> None:
     """Move all pieces, the first ones each way in turn, the rest the way that was the fastest."""
     seconds = []
     for way in ways if len(ways) > 1 else ():
         began = time.perf_counter()
-        _Ring().run(itertools.islice(pieces, _TRIAL_PIECES), way, starts, report)
+        _Ring(count).run(itertools.islice(pieces, _TRIAL_PIECES), way, starts, report)
         seconds.append(time.perf_counter() - began)
     fastest = ways[seconds.index(min(seconds))] if seconds else ways[0]
-    _Ring().run(pieces, fastest, starts, report)
+    _Ring(count).run(pieces, fastest, starts, report)
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    """Wait for threads that end by themselves; Ctrl-C meanwhile is raised when they have.
+
+    Were it raised at once, the caller would close files and free buffers that they still use.
+    """
+    late: BaseException | None = None
+    while True:
+        try:
+            for thread in threads:
+                while thread in threading.enumerate():
+                    if thread.is_alive():
+                        thread.join()
+                    else:  # its start was interrupted
+                        time.sleep(0.001)
+            break
+        except BaseException as error:
+            late = late or error
+    if late is not None:
+        raise late
 
 
 class _Ring:
-    """Lanes on threads of their own, and what they wait for: their turn, or the end."""
+    """Lanes on threads of their own, and what they wait for: their turn, or the end.
 
-    def __init__(self) -> None:
+    There are `count` pieces to be moved at most, and no more lanes than that.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
         self._is_stopped = False
@@ -310,7 +345,7 @@ class _Ring:
         device any more.
         """
         room = staging.ring_nbytes() // staging.LANE_NBYTES
-        self._lanes = max(min(room, _MAX_LANES, 2 * (os.cpu_count() or 1)), 1)
+        self._lanes = max(min(room, _MAX_LANES, 2 * (os.cpu_count() or 1), self._count), 1)
         threads = [
             threading.Thread(target=self._work, args=(pieces, way, starts), name="gpustore-lane")
             for _ in range(self._lanes)
@@ -325,9 +360,7 @@ class _Ring:
                 report(moved)
         finally:  # after Ctrl-C too, which arrives here
             self._stop(None)
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+            _join(threads)
         failure, self._failure = self._failure, None
         if failure is not None:
             try:

@@ -20,13 +20,14 @@ LANE_NBYTES = 8 * 1024 * 1024
 _DEFAULT_RING_MIB = 128
 
 # cudaError_t of driver_types.h
-_OUT_OF_MEMORY = 2
+_OUT_OF_MEMORY, _CAPTURE = 2, range(900, 909)
 _ADVICE = {
     46: "another process holds the GPU (nvidia-smi shows which, and the compute mode)",
     54: "another process holds the GPU (nvidia-smi shows which, and the compute mode)",
     214: "the GPU's memory has an error that it cannot correct; see nvidia-smi -q -d ECC",
 }
 _STOPPED = "an earlier kernel failed or the GPU was lost; what it held is gone, restart the process"
+_CAPTURED = "a CUDA graph is being captured; save and load before or after that"
 
 Origins = dict[str, Any]  # device -> the event after which its arrays hold their values
 
@@ -136,7 +137,8 @@ class Lane:
     def host(self) -> Any:
         """The buffer, as flat octets."""
         if self._host is None:
-            with explained("pinned host memory", self._nbytes):
+            one = next(iter(self._starts))  # else the thread would start to use cuda:0 as well
+            with explained("pinned host memory", self._nbytes), devices.cuda_device(one):
                 self._pinned = devices.load_cupy().cuda.alloc_pinned_memory(self._nbytes)
             self._host = np.frombuffer(self._pinned, np.uint8, self._nbytes)
         return self._host
@@ -184,10 +186,15 @@ def explained(where: str, nbytes: int = 0) -> Iterator[None]:
         yield
     except cuda.memory.OutOfMemoryError as error:
         raise _memory_error(where, nbytes) from error
-    except cuda.runtime.CUDARuntimeError as error:
+    except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
         if error.status == _OUT_OF_MEMORY:
             raise _memory_error(where, nbytes) from error
-        raise DeviceError(f"{where}: {error}; {_ADVICE.get(error.status, _STOPPED)}") from error
+        advice = _CAPTURED if error.status in _CAPTURE else _ADVICE.get(error.status, _STOPPED)
+        raise DeviceError(f"{where}: {error}; {advice}") from error
+    except RuntimeError as error:  # CuPy's own refusal, before CUDA's
+        if type(error) is not RuntimeError or "capturing" not in str(error):
+            raise
+        raise DeviceError(f"{where}: {error}; {_CAPTURED}") from error
 
 
 def _memory_error(where: str, nbytes: int) -> DeviceMemoryError:

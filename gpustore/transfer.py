@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -34,7 +35,9 @@ def payload_of(array: Any, dtype: np.dtype[Any], order: str) -> Payload | NDArra
     nbytes = math.prod(int(size) for size in array.shape) * dtype.itemsize
 
     def chunks() -> Iterator[Any]:
-        host = devices.to_host(array)
+        device = devices.array_device(array)
+        with contextlib.nullcontext() if device == "cpu" else staging.explained(device, nbytes):
+            host = devices.to_host(array)
         return _host_chunks(host.T if order == "F" else host, dtype)
 
     there = staging.cuda_array(array) if nbytes else None

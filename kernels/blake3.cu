@@ -92,7 +92,8 @@ static __device__ __forceinline__ u32 owner(const u64 *firsts, u32 count, u64 in
     return low;
 }
 
-// Load up to 64 bytes as 16 words, zeros after the end.
+// Load up to 64 bytes as 16 words, zeros after the end. __ldg says that they lie in global memory, which
+// an address out of a table does not: else each access would find out where it goes.
 static __device__ __forceinline__ void load_block(u32 *m, const unsigned char *from, u32 nbytes)
 {
     u64 address = (u64)from;
@@ -100,13 +101,13 @@ static __device__ __forceinline__ void load_block(u32 *m, const unsigned char *f
         const uint4 *words = (const uint4 *)from;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            uint4 four = words[i];
+            uint4 four = __ldg(words + i);
             m[4 * i] = four.x, m[4 * i + 1] = four.y, m[4 * i + 2] = four.z, m[4 * i + 3] = four.w;
         }
     } else if (nbytes == BLOCK_NBYTES && address % 4 == 0) {
 #pragma unroll
         for (int i = 0; i < 16; i++)
-            m[i] = ((const u32 *)from)[i];
+            m[i] = __ldg((const u32 *)from + i);
     } else {
 #pragma unroll
         for (int i = 0; i < 16; i++) {
@@ -114,7 +115,7 @@ static __device__ __forceinline__ void load_block(u32 *m, const unsigned char *f
 #pragma unroll
             for (int j = 0; j < 4; j++)
                 if (4 * i + j < nbytes)
-                    word |= (u32)from[4 * i + j] << (8 * j);
+                    word |= (u32)__ldg(from + 4 * i + j) << (8 * j);
             m[i] = word;
         }
     }

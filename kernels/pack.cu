@@ -28,11 +28,12 @@ extern "C" __global__ void __launch_bounds__(COPY_THREADS)
     unsigned char *target = (unsigned char *)to[low] + start;
     if (((u64)source | (u64)target) % 16 == 0) {
         done = left / 16 * 16;
+#pragma unroll 4
         for (u32 i = threadIdx.x; i < left / 16; i += COPY_THREADS)
-            ((uint4 *)target)[i] = ((const uint4 *)source)[i];
+            ((uint4 *)target)[i] = __ldg((const uint4 *)source + i);
     }
     for (u32 i = done + threadIdx.x; i < left; i += COPY_THREADS)
-        target[i] = source[i];
+        target[i] = __ldg(source + i);
 }
 
 #define EDGE 32

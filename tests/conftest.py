@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+import gpustore as gs
 from gpustore.testing import fake_cuda
 
 _COMMON: dict[str, Any] = {
@@ -22,6 +23,12 @@ settings.register_profile("quick", max_examples=25, **_COMMON)
 settings.register_profile("default", max_examples=150, **_COMMON)
 settings.register_profile("ci10k", max_examples=1700, **_COMMON)
 settings.load_profile(os.environ.get("GPUSTORE_HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_sessionstart() -> None:
+    """Stop at once where the real device that the run is for is not there."""
+    if os.environ.get("GPUSTORE_TEST_DEVICE") == "cuda" and not (status := gs.cuda_status()):
+        pytest.exit(f"GPUSTORE_TEST_DEVICE=cuda: {status.message}", returncode=1)
 
 
 @pytest.fixture

@@ -155,8 +155,12 @@ def test_every_file_of_other_people_that_julia_wrote_can_be_inspected(run):
 
 
 COMMAND = os.path.join(os.path.dirname(sys.executable), "gpustore")
+installed = pytest.mark.skipif(
+    not os.path.exists(COMMAND), reason="the checkout is on the path, but not installed"
+)
 
 
+@installed
 def test_the_command_is_installed_and_its_help_names_the_commands():
     shown = subprocess.run([COMMAND, "--help"], capture_output=True, text=True, check=True).stdout
     for name in ("inspect", "verify", "cpu", "convert", "diff", "plot"):
@@ -183,6 +187,7 @@ def test_the_help_of_each_command_has_examples(run, name):
     assert code == 0 and "Example" in out and f"gpustore {name} " in out
 
 
+@installed
 def test_a_shell_is_told_how_to_complete_and_what():
     def asked(**variables):
         environment = os.environ | variables
@@ -198,6 +203,7 @@ def test_a_shell_is_told_how_to_complete_and_what():
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is absent")
+@installed
 def test_bash_completes_by_what_the_command_prints():
     script = (
         'eval "$(_GPUSTORE_COMPLETE=bash_source gpustore)" && COMP_WORDS=(gpustore ver) '
@@ -230,6 +236,7 @@ class Other:
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no pseudo-terminal")
 @pytest.mark.parametrize(("variables", "is_coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+@installed
 def test_a_terminal_sees_colours_unless_told_not_to(tagged, variables, is_coloured):
     shown = on_a_terminal([COMMAND, "inspect", str(tagged)], {"TERM": "xterm"} | variables)
     assert (
@@ -246,6 +253,7 @@ def on_a_terminal(command: list[str], variables: dict[str, str]) -> str:
     return done.stdout
 
 
+@installed
 def test_what_an_old_encoding_cannot_say_is_escaped(tmp_path):
     gs.save(tmp_path / "a.bson", {"μ": np.zeros(2)})
     done = subprocess.run(
@@ -263,6 +271,7 @@ def test_an_interrupt_is_one_word_and_code_130(run, tagged, monkeypatch):
     assert run("verify", tagged) == (130, "", "gpustore: interrupted\n")
 
 
+@installed
 def test_a_bar_is_shown_on_a_terminal_once_the_work_takes_a_second(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])

@@ -95,6 +95,13 @@ def test_digests_of_trees_of_three_and_four_levels(cupy, nbytes):
     assert kernels.digests([cupy.asarray(array)]) == expected([array])
 
 
+def test_digests_of_much_are_made_in_batches(cupy, monkeypatch):
+    monkeypatch.setattr(kernels, "_BATCH_NBYTES", 5000)
+    arrays = [octets(nbytes, nbytes) for nbytes in (0, 1, 3000, 3000, 9000, 0, 2000)]
+    assert kernels.digests([cupy.asarray(array) for array in arrays]) == expected(arrays)
+    assert 2 < launches(cupy).count("blake3_chunks") < len(arrays)
+
+
 def test_digests_wait_for_the_current_stream(cupy):
     array = cupy.asarray(np.zeros(100, np.uint8))
     stream = cupy.cuda.Stream()
@@ -116,6 +123,15 @@ def test_matrices_are_turned(cupy, shape, dtype):
     assert found.get().tobytes() == matrix.tobytes("C")
     turned = 0 if matrix.flags.c_contiguous else 1
     assert launches(cupy) == [f"turn_{matrix.itemsize}"] * turned
+
+
+def test_a_matrix_of_numbers_that_are_not_aligned_is_left_to_cupy(cupy):
+    flat = cupy.asarray(np.arange(13, dtype="f8"))
+    off = flat[1 + flat.data.ptr % 16 // 8 :]  # complex numbers at multiples of 8, not of 16
+    matrix = off[: len(off) // 2 * 2].view("c16").reshape(-1, 1)[:4].reshape(2, 2).T
+    (start,) = staging.origins({"cuda:0"}).values()
+    found = kernels.flat_octets(matrix, start)
+    assert found.get().tobytes() == matrix.get().tobytes("C") and launches(cupy) == []
 
 
 @settings(max_examples=60)
@@ -142,6 +158,18 @@ def test_a_kernel_that_cannot_be_compiled_is_said_and_done_without(tmp_path, cap
         assert caplog.text.count("libnvrtc.so.12 not found") == 2  # once for each source
     loaded = gs.load(tmp_path / "model.bson", verify=True)
     np.testing.assert_array_equal(loaded[0], octets(500_000))
+
+
+def test_a_gpu_without_room_for_the_kernels_is_asked_again(cupy):
+    compiled, array = cupy.RawModule, cupy.asarray(octets(100))
+
+    def failing(code: str, options: tuple[str, ...]) -> Any:
+        raise cupy.cuda.driver.CUDADriverError(2)
+
+    cupy.RawModule = failing
+    assert kernels.digests([array]) is None
+    cupy.RawModule = compiled
+    assert kernels.digests([array]) == expected([array.get()])
 
 
 # --- in saving and loading --------------------------------------------------------------------
@@ -203,6 +231,58 @@ def test_loadparams_of_many_small_arrays_is_one_copy_and_one_launch(cupy):
     gs.loadparams(model, weights)
     assert launches(cupy) == ["copy_arrays"]
     assert all(model[n][0].item() == n for n in range(10_000))
+
+
+# --- when something fails ---------------------------------------------------------------------
+
+
+def test_where_the_device_has_no_room_the_host_hashes_and_arrays_come_one_by_one(tmp_path, cupy):
+    arrays = {f"a{n}": octets(n, n) for n in (100, 3000, 300_000)}
+    model = {name: cupy.asarray(array) for name, array in arrays.items()}
+    kernels.digests([model["a100"]])  # compiled
+    cupy.machine.memory_nbytes = 0  # for more than what is there
+    assert kernels.digests([*model.values()]) is None
+    gs.save(tmp_path / "m.bson", model)
+    assert "copy_arrays" not in launches(cupy)
+    found = gs.load(tmp_path / "m.bson", verify=True)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+    gs.loadparams(model, [octets(array.size, 7) for array in arrays.values()])
+    for array in model.values():
+        np.testing.assert_array_equal(array.get(), octets(array.size, 7))
+    assert cupy.machine.violations == []
+
+
+@pytest.mark.parametrize("status", [2, 719])
+@pytest.mark.parametrize("nth", range(6))
+@pytest.mark.parametrize("job", ["save", "load", "loadparams"])
+def test_a_kernel_that_is_not_launched_is_a_typed_error(
+    tmp_path, built, small_lanes, job, nth, status
+):
+    path = tmp_path / "m.bson"
+    with fake_cuda(2) as fake:
+        cupy = with_kernels(fake, built)
+        model = model_on(cupy)
+        gs.save(path, model, on_gpu="tag")
+        before = path.read_bytes()
+        jobs = {
+            "save": lambda: gs.save(path, model),
+            "load": lambda: gs.load(path, verify=True),
+            "loadparams": lambda: gs.loadparams(model, gs.params(gs.load(path, device="cpu"))),
+        }
+        cupy.machine.faults["launch"] = nth, status
+        error = None
+        try:
+            jobs[job]()
+        except gs.DeviceError as found:
+            error = str(found)
+        if error is None:  # so many launches there were not, or it is done without
+            assert status == 2 or cupy.machine.faults["launch"][0] >= 0
+        else:
+            assert "LaunchFailure" in error and status == 719  # what another lane met may be first
+            assert path.read_bytes() == before
+        assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+        assert cupy.machine.pinned_nbytes == 0 and cupy.machine.violations == []
 
 
 # --- verified loading -------------------------------------------------------------------------

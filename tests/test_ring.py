@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -246,6 +249,56 @@ def test_a_fault_in_a_load_releases_what_was_placed(file, stage, nth, status):
         clean(cupy)
 
 
+@pytest.mark.parametrize("nbytes", [100, GROUP * 3])
+def test_a_gpu_in_error_is_said_to_be(file, nbytes, monkeypatch):
+    gs.save(file, old=1)
+    before = file.read_bytes()
+    for ring_mib in ("1", "0"):
+        monkeypatch.setenv("GPUSTORE_RING_MIB", ring_mib)
+        with fake_cuda(2) as cupy:
+            array = on(1, values(nbytes), cupy)
+            cupy.machine.status = 719  # a kernel of the caller's has failed
+            with pytest.raises(gs.DeviceError, match="cuda:1: cudaErrorLaunchFailure.*restart"):
+                gs.save(file, array=array)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [(46, "another process holds the GPU .nvidia-smi"), (719, "restart the process")],
+)
+@pytest.mark.parametrize("job", ["save", "load"])
+def test_what_to_do_about_a_gpu_is_said(file, job, status, advice):
+    with fake_cuda(2) as cupy:
+        array = cupy.asarray(values(3 * LANE))
+        gs.save(file, array=array, on_gpu="tag")
+        before = file.read_bytes()
+        cupy.machine.faults["stream"] = 0, status
+        with pytest.raises(gs.DeviceError, match=f"cuda:0: cudaError.*{advice}"):
+            gs.save(file, array=array) if job == "save" else gs.load(file)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("job", ["save", "load"])
+def test_while_a_graph_is_captured_nothing_is_saved_or_loaded(file, job):
+    with fake_cuda(2) as cupy:
+        array = cupy.asarray(values(GROUP * 3))
+        gs.save(file, array=array, on_gpu="tag")
+        before, stream = file.read_bytes(), cupy.cuda.Stream(non_blocking=True)
+        stream.is_captured = True
+        with stream, pytest.raises(gs.DeviceError, match="capturing.*; a CUDA graph is being"):
+            gs.save(file, array=array) if job == "save" else gs.load(file)
+        clean(cupy, used=True)
+    assert file.read_bytes() == before
+
+
+def test_only_the_devices_of_the_arrays_are_used(file):
+    with fake_cuda(2) as cupy:
+        gs.save(file, a=on(1, values(3 * LANE), cupy), b=on(1, values(99), cupy), on_gpu="tag")
+        gs.load(file, verify=True)
+        assert cupy.machine.used_devices == {1}
+
+
 @pytest.mark.parametrize("nth", range(6))
 def test_a_full_disk_while_lanes_write_leaves_the_old_file(file, nth, monkeypatch):
     gs.save(file, old=1)
@@ -283,6 +336,87 @@ def test_ctrl_c_stops_the_lanes(file, job):
         del job
         del model
         clean(cupy)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("job", ["save", "load"])
+def test_ctrl_c_while_the_lanes_work_waits_for_them(file, job, times, monkeypatch):
+    with fake_cuda(2) as cupy:
+        model = [cupy.asarray(values(9 * LANE, i)) for i in range(3)]
+        gs.save(file, model, on_gpu="tag")
+        before, left = file.read_bytes(), [times]
+        name = "to_host" if job == "save" else "to_device"
+        work = getattr(staging.Lane, name)
+
+        def struck(lane: staging.Lane, *args: Any) -> Any:
+            if left[0] > 0:
+                left[0] -= 1
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            return work(lane, *args)
+
+        monkeypatch.setattr(staging.Lane, name, struck)
+        with pytest.raises(KeyboardInterrupt):
+            gs.save(file, model) if job == "save" else gs.load(file)
+        del model
+        clean(cupy)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_however_often_ctrl_c_comes_the_lanes_are_waited_for(monkeypatch):
+    events = iter(["Ctrl-C", "Ctrl-C", "end"])
+    running = []
+
+    def joined() -> None:
+        if next(events) == "Ctrl-C":
+            raise KeyboardInterrupt
+        running.clear()
+
+    running.append(SimpleNamespace(is_alive=lambda: True, join=joined))
+    monkeypatch.setattr(threading, "enumerate", lambda: running)
+    with pytest.raises(KeyboardInterrupt):
+        ring._join(running[:])
+    assert not running
+
+
+@pytest.mark.parametrize("nth", range(5))
+def test_a_disk_that_cannot_be_read_releases_what_was_placed(file, nth, monkeypatch):
+    gs.save(file, {f"w{i}": values(3 * LANE, i) for i in range(3)})
+    calls, preadv = [], os.preadv
+
+    def failing(descriptor: int, buffers: Any, offset: int) -> int:
+        calls.append(offset)
+        if len(calls) == nth + 1:
+            raise OSError(errno.EIO, "Input/output error")
+        return preadv(descriptor, buffers, offset)
+
+    with fake_cuda(2) as cupy:
+        monkeypatch.setattr(os, "preadv", failing)
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            gs.load(file, device="cuda:1")
+        assert caught.value.errno == errno.EIO
+        clean(cupy)
+
+
+@pytest.mark.parametrize("nth", range(4))
+def test_a_hash_that_fails_leaves_the_old_file(file, nth, monkeypatch):
+    gs.save(file, old=1)
+    before, calls = file.read_bytes(), []
+
+    def failing(octets: Any) -> None:
+        calls.append(len(octets))
+        if len(calls) > nth:
+            raise MemoryError("no room to hash")
+
+    hasher = SimpleNamespace(update=failing, digest=lambda: bytes(32))
+    with fake_cuda(2) as cupy:
+        monkeypatch.setattr("gpustore.digest.blake3", mock.Mock(return_value=hasher))
+        model = [cupy.asarray(values(2 * LANE, i)) for i in range(3)]
+        with pytest.raises(MemoryError, match="no room to hash"):
+            gs.save(file, model)
+        clean(cupy, used=True)
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from gpustore.fake_streams import CUDADriverError, CUDARuntimeError
+
 HEADER = Path(__file__).parent / "cuda.h"
 KERNELS = Path(__file__).parents[2] / "kernels"
 FLAGS = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
@@ -44,6 +46,10 @@ class HostModule:
             assert len(args) == count and len(grid) == len(block) == 1
             assert 0 < grid[0] < 2**31 and 0 < block[0] <= 1024
             values = [_value(arg, sizes[i]) for i, arg in enumerate(args)]
+            try:
+                self.machine.reach("launch")
+            except CUDARuntimeError as error:  # launches are the driver's
+                raise CUDADriverError(error.status) from None
             self.launches.append(name)
 
             def run(held: Any = args) -> None:  # as CuPy's pool, which gives memory on in order

@@ -35,6 +35,11 @@ static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w)
     return {x, y, z, w};
 }
 
+template <typename T> static inline T __ldg(const T *from)
+{
+    return *from;
+}
+
 static inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned count)
 {
     unsigned long long both = (unsigned long long)high << 32 | low;
