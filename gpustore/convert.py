@@ -42,7 +42,7 @@ def convert(
     of a compressed .npz. The target appears whole or not at all. `progress(done, total)` counts the
     bytes of the source, then those of the target.
 
-    >>> import tempfile
+    >>> import tempfile, numpy as np
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     np.savez(f"{folder}/weights.npz", w=np.ones(3))
     ...     convert(f"{folder}/weights.npz", f"{folder}/weights.bson")

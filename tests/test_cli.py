@@ -271,7 +271,6 @@ def test_an_interrupt_is_one_word_and_code_130(run, tagged, monkeypatch):
     assert run("verify", tagged) == (130, "", "gpustore: interrupted\n")
 
 
-@installed
 def test_a_bar_is_shown_on_a_terminal_once_the_work_takes_a_second(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])

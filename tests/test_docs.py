@@ -247,5 +247,8 @@ def test_the_reference_has_every_public_name_once():
     public |= {f"testing.{name}" for name in testing.__all__}
     public |= {f"fixtures.{name}" for name in ("gpustore_device",)}
     public |= {f"interop.{name}" for name in ("in_framework", "tensor", "to_torch")}
-    public |= {"convert.convert", "load.ArrayEntry", "verify.Verification"}
+    public |= {"convert.convert", "load.ArrayEntry", "verify.Verification", "plot.plot"}
+    public |= {f"inspection.{name}" for name in ("inspect", "Inspection", "figures_of")}
+    public |= {"figures.figures", "figures.Figures"}
+    public |= {"difference.difference", "difference.Difference"}
     assert set(names) == public - values
