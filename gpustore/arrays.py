@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from gpustore import rows, twins
 from gpustore.document import Payload
-from gpustore.julia import JuliaType, Struct, element_type_of, is_of_both_orders
+from gpustore.julia import PERMUTED, JuliaType, Struct, element_type_of, is_of_both_orders
 from gpustore.typeof import array_type, numpy_dtype
 from gpustore.values import Origin, origin_of
 
@@ -36,13 +37,16 @@ def lower(lowerer: Any, container: Any, key: Any, value: Any, path: str) -> None
         lowerer.places[id(value)] = (container, key, value)
         return
     parent = lowerer.array_node(value, known, value.shape[::-1], "C")
-    order = tuple(range(len(value.shape), 0, -1))
-    whole = array_type(value)
-    permuted = JuliaType.named(
-        "Base.PermutedDimsArrays.PermutedDimsArray",
-        *whole.params, order, order, whole,
-    )  # fmt: skip
-    lowerer.place(container, key, value, lowerer.struct(permuted, [parent]))
+    lowerer.place(
+        container, key, value, lowerer.struct(_row_major_type(array_type(value)), [parent])
+    )
+
+
+@functools.lru_cache(256)
+def _row_major_type(whole: JuliaType) -> JuliaType:
+    """Return the type by which Julia sees the row-major array of a type without turning it."""
+    order = tuple(range(whole.params[1], 0, -1))
+    return JuliaType.named(PERMUTED, *whole.params, order, order, whole)
 
 
 def _original(lowerer: Any, container: Any, key: Any, value: Any, twin: Any) -> None:
@@ -74,23 +78,32 @@ def alike(values: list[Any]) -> Iterator[tuple[int, int]]:
 def lower_row(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> bool:
     """Lower small NumPy arrays of one dtype and shape, each as `lower` does; False if they cannot.
 
-    They are met for the first time here, and lie column-major.
+    They are met for the first time here, and lie in memory as the first one does.
     """
     first, ids = arrays[0], list(map(id, arrays))
+    is_column_major = first.flags.f_contiguous or is_of_both_orders(first.shape)
+    if not (is_column_major or lowerer.column_major.isdisjoint(ids)):
+        return False
     known = element_type_of(first.dtype)
-    if known is None or known[1] is not None or type(lowerer.make_payload(first, "F")) is Payload:
+    order = "F" if is_column_major else "C"
+    if known is None or known[1] is not None or type(lowerer.make_payload(first, order)) is Payload:
         return False
     if len(set(ids)) < len(ids) or not lowerer.places.keys().isdisjoint(ids):
         return False
     if Origin in {type(array.base) for array in arrays}:
         return False
-    contents = arrays if first.ndim == 1 else [array.T for array in arrays]
+    is_as_stacked = first.ndim == 1 or not is_column_major
+    contents = arrays if is_as_stacked else [array.T for array in arrays]
     try:
         b"".join(contents)
     except TypeError:  # one is not contiguous
         return False
-    kind, size = lowerer.head(known[0], first.dtype, first.shape)
+    shape = first.shape if is_column_major else first.shape[::-1]
+    kind, size = lowerer.head(known[0], first.dtype, shape)
     nodes = [{"tag": "array", "type": kind, "size": size, "data": one} for one in contents]
+    if not is_column_major:
+        outer = lowerer.type(_row_major_type(array_type(first)))
+        nodes = [{"tag": "struct", "type": outer, "data": [inner]} for inner in nodes]
     if type(node) is dict:
         node.update(zip(keys, nodes, strict=True))
     else:

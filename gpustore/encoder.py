@@ -129,7 +129,7 @@ class Encoder:
 
     def row(self, keys: list[bytes], nodes: list[Any]) -> None:
         """Encode a row as one bare payload, of which the structure is hashed."""
-        payloads = rows.stacked([node["data"] for node in nodes])
+        payloads = rows.stacked([rows.array_in(node)["data"] for node in nodes])
         like = Encoder()
         like.base = self.position()
         like.element(keys[0], nodes[0])
@@ -169,7 +169,7 @@ class DetachedEncoder(Encoder):
 
     def row(self, keys: list[bytes], nodes: list[Any]) -> None:
         """Encode a row; its payloads are one, with zeros between them."""
-        payloads = rows.stacked([node["data"] for node in nodes])
+        payloads = rows.stacked([rows.array_in(node)["data"] for node in nodes])
         like = DetachedEncoder()
         like.element(keys[0], nodes[0])
         (at,) = like.offsets

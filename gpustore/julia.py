@@ -16,6 +16,7 @@ from gpustore.document import Slot
 from gpustore.errors import FormatError, OpaqueCodeError
 from gpustore.notebook import Shown
 
+PERMUTED = "Base.PermutedDimsArrays.PermutedDimsArray"  # how row-major arrays are written
 LEAF = {"leaf": True}  # tree.py does not look inside fields that are marked so
 
 

@@ -7,7 +7,6 @@ cycles of the file are those of the result. A type that has no Python twin stays
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from gpustore.document import Slot, int64
 from gpustore.eras import StructKind
 from gpustore.errors import FormatError
 from gpustore.julia import (
+    PERMUTED,
     ArraySpec,
     JuliaType,
     LostArray,
@@ -26,7 +26,6 @@ from gpustore.julia import (
     Source,
     Struct,
     Symbol,
-    is_of_both_orders,
 )
 from gpustore.tree import TrackedArray
 from gpustore.values import BARE, Entries, with_origin
@@ -63,6 +62,7 @@ class Lifter:
         self.functions = {name.replace(".#", "."): f for name, f in (functions or {}).items()}
         self.memo: dict[int, Any] = {}  # id of a document or list -> its value
         self.types: dict[Any, JuliaType] = {}
+        self.row_major: tuple[Any, JuliaType] | None = None  # of the last such array
         self.dtypes: dict[str, np.dtype[Any]] = {}  # of element types without parameters
         self.int64 = int64()
         self.has_lost = False  # whether a LostArray was made
@@ -235,7 +235,9 @@ class Lifter:
     # --- structs ---
 
     def struct(self, node: dict[str, Any], path: str) -> Any:
-        julia_type = self.type_in(node, path)
+        last = self.row_major
+        is_like = last is not None and node.get("type") == last[0]
+        julia_type = last[1] if last and is_like else self.type_in(node, path)
         content = node.get("data")
         if type(content) is not list:
             content = self.field(node, "data", (list, bytes, Slot), path)
@@ -335,18 +337,14 @@ class Lifter:
     def permuted(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
         """Lift a PermutedDimsArray that reverses its parent's dimensions: a row-major array."""
         parent = self.resolve(content[0], path) if len(content) == 1 else None
-        rank = julia_type.params[1] if len(julia_type.params) == 5 else None
-        if type(rank) is not int or not isinstance(parent, dict) or parent.get("tag") != "array":
-            return NotImplemented
-        if julia_type.params[2] != tuple(range(rank, 0, -1)):
+        if not isinstance(parent, dict) or parent.get("tag") != "array":
             return NotImplemented
         spec = specs.array_spec(self, parent, path)
-        if not isinstance(spec, ArraySpec) or len(spec.shape) != rank:
+        whole = specs.row_major_spec(julia_type, spec) if isinstance(spec, ArraySpec) else None
+        if whole is None:
             return NotImplemented
-        if is_of_both_orders(spec.shape):
-            return NotImplemented
-        spec = dataclasses.replace(spec, shape=spec.shape[::-1], order="C")
-        return self.make_array(spec, path)
+        self.row_major = node["type"], julia_type
+        return self.make_array(whole, path)
 
     def wrapped(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
         """Lift the `Base.Some` in which `save` puts a value that no document can be."""
@@ -365,7 +363,7 @@ TAGS: dict[str, Callable[[Lifter, dict[str, Any], str], Any]] = {
 }
 _BUILDERS: dict[str, Callable[..., Any]] = {
     **twins.LIFT,
-    "Base.PermutedDimsArrays.PermutedDimsArray": Lifter.permuted,
+    PERMUTED: Lifter.permuted,
     "Base.Some": Lifter.wrapped,
 }
 

@@ -63,7 +63,7 @@ class Placement:
         if not spec.shape or spec.device != "cpu" or self._keeps_all:
             return None
         row: list[Any] | None = transfer.host_row(
-            self._file.buffer, payloads, spec.dtype, spec.shape
+            self._file.buffer, payloads, spec.dtype, spec.shape, spec.order
         )
         self._counts["cpu"] += 0 if row is None else len(row)
         return row

@@ -3,6 +3,9 @@
 Elements whose documents differ only in the bytes of their name, payload or place, and digest lie
 at a constant pitch. One of a row is read or written as any other; the rest is compared with it, or
 made of it, as a matrix of bytes. Nodes of a row share their `type` and `size` objects.
+
+Row-major arrays are such documents within a struct of one field; "the array document of a node" is
+the node itself or that field.
 """
 
 from __future__ import annotations
@@ -22,20 +25,34 @@ from gpustore.layout import (
     Slot,
 )
 
-_ARRAY_TAG = b"\x02tag\0\x06\0\0\0array\0"  # what a document of this package begins with
+# what a document of this package begins with -> the terminators after its digest
+_TAGS = {b"\x02tag\0\x06\0\0\0array\0": 1, b"\x02tag\0\x07\0\0\0struct": 3}
+_TAG_NBYTES = len(next(iter(_TAGS)))
 FEWEST = 4
 
 
+def array_in(node: Any) -> Any:
+    """Return the array document of a node; None where there is none."""
+    if type(node) is not dict or "size" in node:
+        return node
+    fields: Any = node.get("data")
+    is_wrapped = type(fields) is list and len(fields) == 1 and node.get("tag") == "struct"
+    return fields[0] if is_wrapped else None
+
+
 def shared(nodes: Collection[Any]) -> Iterator[tuple[int, int]]:
-    """Yield where rows begin and end: four or more array documents that share type and size."""
-    start, size, kind = 0, None, None
+    """Yield where rows begin and end: four or more nodes that share types and size."""
+    start, size = 0, None
+    kind = outer = None
     for position, node in enumerate((*nodes, None)):
-        own = node.get("size") if type(node) is dict else None
-        if own is None or own is not size or node["type"] is not kind:
+        inner = array_in(node)
+        own = inner.get("size") if type(inner) is dict else None
+        is_of_row = own is not None and own is size and inner.get("type") is kind
+        if not is_of_row or node.get("type") is not outer:
             if position - start >= FEWEST and size is not None:
                 yield start, position
             start, size = position, own
-            kind = node.get("type") if own is not None else None
+            kind, outer = (None, None) if own is None else (inner.get("type"), node.get("type"))
 
 
 class Row(NamedTuple):
@@ -48,15 +65,17 @@ class Row(NamedTuple):
 def pitch_at(buffer: Any, start: int, name_end: int, limit: int) -> int | None:
     """Return the nbytes of the element at `start` where a row may begin there, else None."""
     nbytes = INT32.unpack_from(buffer, name_end + 1)[0] if name_end + 5 <= limit else 0
-    head = name_end + 1, name_end + 5 + len(_ARRAY_TAG)
+    head = name_end + 1, name_end + 5 + _TAG_NBYTES
     pitch: int = name_end + 1 + nbytes - start
-    if nbytes <= len(_ARRAY_TAG) or start + FEWEST * pitch > limit or pitch > ROW_NBYTES:
+    if nbytes <= _TAG_NBYTES or start + FEWEST * pitch > limit or pitch > ROW_NBYTES:
         return None
     first = buffer[head[0] : head[1]]
-    digest = start + pitch - 1 - DIGEST_NBYTES
+    tail = _TAGS.get(bytes(first[4:]))
+    if tail is None:
+        return None
+    digest = start + pitch - tail - DIGEST_NBYTES
     is_row = (
-        first[4:] == _ARRAY_TAG
-        and first == buffer[head[0] + pitch : head[1] + pitch]
+        first == buffer[head[0] + pitch : head[1] + pitch]
         and buffer[digest - len(DIGEST_ELEMENT) : digest] == DIGEST_ELEMENT
     )
     return pitch if is_row else None
@@ -69,14 +88,18 @@ def read(
 
     None where there are fewer than four, or where it is for the plain way to say what is wrong.
     """
-    if list(first)[-2:] != ["data", "blake3"]:
+    inner = array_in(first)
+    tail, last = (1, "blake3") if inner is first else (3, "data")
+    if type(inner) is not dict or list(first)[-1] != last or "size" not in inner:
         return None
-    data, digest = first["data"], first["blake3"]
+    if list(inner)[-2:] != ["data", "blake3"] or "type" not in inner or "type" not in first:
+        return None
+    data, digest = inner["data"], inner["blake3"]
     is_detached = type(data) is dict and list(data) == ["offset", "nbytes"]
     if _nbytes(digest) != DIGEST_NBYTES or not (is_detached or type(data) in (bytes, Slot)):
         return None
     name = slice(1, name_end - start)
-    digests = slice(pitch - 1 - DIGEST_NBYTES, pitch - 1)
+    digests = slice(pitch - tail - DIGEST_NBYTES, pitch - tail)
     stop = digests.start - len(DIGEST_ELEMENT)
     varied = slice(stop - _nbytes(data), stop)
     if is_detached:
@@ -107,9 +130,11 @@ def read(
         payloads = _column(matrix[:count, varied], offsets, varied.start, data)
     checks = _column(matrix[:count, digests], offsets, digests.start, digest)
     nodes = [
-        {**first, "data": payload, "blake3": check}
+        {**inner, "data": payload, "blake3": check}
         for payload, check in zip(payloads, checks, strict=True)
     ]
+    if inner is not first:
+        nodes = [{**first, "data": [node]} for node in nodes]
     return Row(names, nodes, offsets.stop, placed)
 
 
@@ -134,8 +159,9 @@ def _nbytes(binary: Any) -> int:
 
 
 def is_small(nodes: list[dict[str, Any]]) -> bool:
-    """Whether array documents that share type and size have nothing else than a small payload."""
-    payloads: list[Any] = [node.get("data") for node in nodes if len(node) == 4]
+    """Whether nodes that share types and size have nothing else than a small payload."""
+    inner = map(array_in, nodes) if "size" not in nodes[0] else nodes
+    payloads: list[Any] = [node.get("data") for node in inner if len(node) == 4]
     if len(payloads) < len(nodes) or {*map(type, payloads)} != {np.ndarray}:
         return False
     return len({payload.nbytes for payload in payloads}) == 1

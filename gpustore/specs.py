@@ -14,7 +14,16 @@ from gpustore import rows
 from gpustore.digest import DIGEST_NBYTES
 from gpustore.document import Slot
 from gpustore.errors import FormatError
-from gpustore.julia import ArraySpec, JuliaType, OpaqueDocument, Struct, dtype_of, extension_dtype
+from gpustore.julia import (
+    PERMUTED,
+    ArraySpec,
+    JuliaType,
+    OpaqueDocument,
+    Struct,
+    dtype_of,
+    extension_dtype,
+    is_of_both_orders,
+)
 from gpustore.values import JuliaArray
 
 MAX_RANK = 32
@@ -27,13 +36,32 @@ def lift_rows(lifter: Any, nodes: Collection[Any]) -> None:
         return
     nodes = list(nodes)
     for start, stop in rows.shared(nodes):
-        row = nodes[start:stop]
+        row, inner, spec = nodes[start:stop], [*map(rows.array_in, nodes[start:stop])], None
         with contextlib.suppress(FormatError):  # it is raised again where its path is known
-            array_spec(lifter, row[0], "")
-        spec = quick_spec(lifter, row[0])
-        arrays = lifter.make_row(spec, [node["data"] for node in row]) if spec else None
+            array_spec(lifter, inner[0], "")
+            spec = quick_spec(lifter, inner[0])
+            if spec is not None and inner[0] is not row[0]:
+                spec = row_major_spec(lifter.type_in(row[0], ""), spec)
+        arrays = lifter.make_row(spec, [node["data"] for node in inner]) if spec else None
         if arrays is not None:
             lifter.memo.update(zip(map(id, row), arrays, strict=True))
+
+
+def row_major_spec(julia_type: Any, parent: ArraySpec) -> ArraySpec | None:
+    """Return the spec of the PermutedDimsArray that reverses the dimensions of its parent.
+
+    None for one that does not, or whose memory is column-major too.
+    """
+    if not isinstance(julia_type, JuliaType) or len(julia_type.params) != 5:
+        return None
+    params: Any = julia_type.params
+    rank = params[1] if julia_type.name == PERMUTED else None
+    if type(rank) is not int or len(parent.shape) != rank:
+        return None
+    if params[2] != tuple(range(rank, 0, -1)) or is_of_both_orders(parent.shape):
+        return None
+    shape, kept = parent.shape[::-1], (parent.device, parent.payload, parent.digest)
+    return ArraySpec(parent.dtype, shape, "C", *kept)
 
 
 def array_spec(lifter: Any, node: dict[str, Any], path: str) -> ArraySpec | JuliaArray:

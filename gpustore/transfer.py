@@ -95,21 +95,24 @@ def host_view(buffer: Any, offset: int, dtype: np.dtype[Any], shape: Any, order:
     return flat.reshape(shape, order="F" if order == "F" else "C")
 
 
-def host_row(buffer: Any, payloads: list[Any], dtype: np.dtype[Any], shape: Any) -> Any:
-    """Return column-major arrays of one dtype and shape: `host_view` of each, made at once.
+def host_row(
+    buffer: Any, payloads: list[Any], dtype: np.dtype[Any], shape: tuple[int, ...], order: str
+) -> Any:
+    """Return arrays of one dtype, shape and memory order: `host_view` of each, made at once.
 
     They are views of the buffer where the payloads are slots at a constant distance, and of one
     copy where they are bytes; None for payloads that lie otherwise.
     """
-    reversed_shape = (len(payloads), *shape[::-1])
+    in_memory = shape if order == "C" else shape[::-1]
+    stacked_shape = (len(payloads), *in_memory)
     if all(type(payload) is bytes for payload in payloads):
         flat = np.frombuffer(bytearray().join(payloads), dtype)
-        stacked = flat.reshape(reversed_shape)
+        stacked = flat.reshape(stacked_shape)
     else:
         offsets = [payload.offset for payload in payloads]
         pitch = offsets[1] - offsets[0]
         if offsets != list(range(offsets[0], offsets[0] + pitch * len(offsets), pitch or 1)):
             return None
-        inner = np.empty(shape[::-1], dtype).strides
-        stacked = np.ndarray(reversed_shape, dtype, buffer, offsets[0], (pitch, *inner))
-    return list(stacked.transpose(0, *range(len(shape), 0, -1)))
+        inner = np.empty(in_memory, dtype).strides
+        stacked = np.ndarray(stacked_shape, dtype, buffer, offsets[0], (pitch, *inner))
+    return list(stacked if order == "C" else stacked.transpose(0, *range(len(shape), 0, -1)))

@@ -121,19 +121,24 @@ def test_a_damaged_row_gives_what_its_elements_would_give(row_files, folder, cha
         assert outcome(path) == found
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_arrays_of_a_row_do_not_overlap(tmp_path, layout):
+def test_arrays_of_a_row_do_not_overlap(tmp_path, layout, shape):
     path = tmp_path / "rows.bson"
-    gs.save(path, [np.full(3, index, "f4") for index in range(20)], layout=layout)
+    gs.save(path, [np.full(shape, index, "f4") for index in range(20)], layout=layout)
     found = gs.load(path)
     found[5][:] = -1
-    assert [float(array[0]) for array in found[4:7]] == [4, -1, 6]
-    assert gs.load(path)[5][0] == 5
+    assert [float(array.flat[-1]) for array in found[4:7]] == [4, -1, 6]
+    assert gs.load(path)[5].flat[0] == 5
 
 
-def test_a_row_is_read_as_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("order", "CF")
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 4)])
+def test_a_row_is_written_and_read_as_one(tmp_path, monkeypatch, shape, order):
     path = tmp_path / "rows.bson"
-    gs.save(path, [np.full(3, index, "f4") for index in range(10, 90)])
+    arrays = [np.full(shape, index, "f4", order=order) for index in range(10, 90)]
+    monkeypatch.setattr(gs.arrays, "lower", None)
+    gs.save(path, arrays)
     read = []
     plain = rows.read
 
@@ -142,5 +147,6 @@ def test_a_row_is_read_as_one(tmp_path, monkeypatch):
         return read[-1]
 
     monkeypatch.setattr(rows, "read", noted)
-    gs.load(path)
+    for made, array in zip(gs.load(path), arrays, strict=True):
+        assert np.array_equal(made, array) and made.flags.c_contiguous == array.flags.c_contiguous
     assert sum(len(row.names) for row in read if row is not None) >= 70
