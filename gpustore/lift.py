@@ -61,7 +61,7 @@ class Lifter:
         self.resolve, self.malformed = self.source.resolve, self.source.malformed
         self.make_array, self.make_row, self.read, self.name = make_array, make_row, read, name
         self.functions = {name.replace(".#", "."): f for name, f in (functions or {}).items()}
-        self.memo: dict[int, Any] = {}  # id of a document or list -> its value
+        self.memo: dict[int, Any] = {}  # id of a document or list, -n of backref n -> its value
         self.types: dict[Any, JuliaType] = {}
         self.dtypes: dict[str, np.dtype[Any]] = {}  # of element types without parameters
         self.int64 = int64()
@@ -108,7 +108,11 @@ class Lifter:
     def tagged(self, node: dict[str, Any], path: str) -> Any:
         tag = node.get("tag")
         if tag == "backref":
-            node = self.resolve(node, path)
+            number, node = node.get("ref"), self.resolve(node, path)
+            if isinstance(node, (bytes, Slot)):  # without an identity of its own: short ones repeat
+                if -number not in self.memo:
+                    self.memo[-number] = self.value(node, path)
+                return self.memo[-number]
             if type(node) is not dict:
                 return self.value(node, path)
             tag = node.get("tag")
