@@ -280,7 +280,8 @@ class Lifter:
         """Make the object of a struct that has a class here: of Flux, or registered by the user."""
         kind = flux.kind_named(julia_type.name, len(content), len(julia_type.params))
         if kind is not None:
-            return self.instance(node, kind, julia_type, content, path)
+            made = self.instance(node, kind, julia_type, content, path)
+            return flux.restored(made, node["python"]) if "python" in node else made
         if not flux.is_of_flux(julia_type.name):
             return self.unknown(node, julia_type, content, path)
         counts = " or ".join(map(str, flux.layouts(julia_type.name)))

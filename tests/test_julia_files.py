@@ -190,6 +190,7 @@ def test_sharing_and_cycles_of_the_file_are_those_of_the_values():
     assert len({id(a) for a in arrays}) < len(arrays) or any(
         isinstance(v, (list, tuple)) for v in shared.values()
     )
+    assert shared["u1"] is shared["u2"]  # a bare binary in _backrefs
     cyclic = gs.load(FOLDER / "cyclic_v2.bson")
     assert any(v[-1] is v or v in v for v in cyclic.values() if isinstance(v, list))
 
