@@ -48,6 +48,7 @@ ORDER = [
     "broadcasting",
     "semantics",
     "reductions",
+    "networks",
     "allowlist",
     "code",
     "listing",
