@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import flux, specs, twins
+from gpustore import flux, specs, twins, wrappers
 from gpustore.document import Slot, int64
 from gpustore.eras import StructKind
 from gpustore.errors import FormatError
@@ -319,7 +319,8 @@ class Lifter:
         if not isinstance(names, list) or len(names) != len(content):
             names = flux.field_names_of(julia_type, len(content))
         fields: list[Any] = []
-        made = self.memo[id(node)] = Struct(julia_type, fields, tuple(names) if names else None)
+        kind = wrappers.CLASSES.get(getattr(julia_type, "name", ""), Struct)
+        made = self.memo[id(node)] = kind(julia_type, fields, tuple(names) if names else None)
         labels = [f".{name}" for name in names] if names else range(len(content))
         for label, child in zip(labels, content, strict=True):
             fields.append(self.value(child, f"{path}{label}" if names else f"{path}.data[{label}]"))

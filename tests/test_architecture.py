@@ -54,6 +54,7 @@ ORDER = [
     "listing",
     "interpret",
     "values",
+    "wrappers",
     "specs",
     "twins",
     "lift",
