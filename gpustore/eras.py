@@ -40,7 +40,8 @@ class StructKind:
     `from_type`: attributes that the file holds as parameters of the type, by position.
     `written`: fields whose value is worked out from the object where it has none; `turned`: fields
     that are written as what this makes of their value. `becomes` gives the object of another class
-    that is written in the place of one whose own struct is no more.
+    that is written in the place of one whose own struct is no more; `until` is the first Flux
+    without such a struct.
     """
 
     cls: type
@@ -54,6 +55,7 @@ class StructKind:
     written: tuple[tuple[str, Callable[[Any], Any]], ...] = ()
     turned: tuple[tuple[str, Callable[[Any], Any]], ...] = ()
     becomes: Callable[[Any], Any] | None = None
+    until: str = ""
 
     def accepts(self, field: str, value: Any) -> bool:
         """Whether a file may hold `value` in this field."""
@@ -75,13 +77,14 @@ def _row(
     written: Any = (),
     turned: Any = (),
     becomes: Any = None,
+    until: str = "",
 ) -> StructKind:
     """Return a row for a layer of Flux; `fields` are separated by spaces."""
     names = tuple(fields.split())
     kinds = (*kinds, *((field, _KIND_OF[field]) for field in names if field in _KIND_OF))
     return StructKind(
         cls, f"Flux.{name or cls.__name__}", names, params, True, kinds, since, from_type, written,
-        turned, becomes,
+        turned, becomes, until,
     )  # fmt: skip
 
 
@@ -243,7 +246,10 @@ def _recurrent() -> list[StructKind]:
     first = (("init", lambda recur: _start(1)(recur.cell)),)
     rows = [
         _row("0.4", r.Recur, "cell init state", "cell", written=first),
-        _row("0.12", r.Recur, "cell state", "cell", "state", turned=(("state", _as_columns),)),
+        _row(
+            "0.12", r.Recur, "cell state", "cell", "state", turned=(("state", _as_columns),),
+            until="0.15",
+        ),
         _row("0.5", r.RNNCell, "σ Wi Wh bias state0", "σ", "Wi", "bias", written=flat),
         _row("0.12", r.RNNCell, "σ Wi Wh bias state0", "σ", "Wi", "bias", "state0", written=state),
         _row(

@@ -128,6 +128,11 @@ def in_layout(root: Any, version: str) -> Any:
             raise UnsupportedValueError(
                 f"{path}: Flux {version} has no {rows[0].name}; it came with {rows[0].since}"
             )
+        until = fitting[-1].until
+        if until and _version(until) <= asked:
+            raise UnsupportedValueError(
+                f"{path}: Flux {version} has no {rows[0].name}, which went with {until}"
+            )
         _refuse_loss(path, node, fitting[-1], version)
         node.__dict__.pop("julia_type", None)
         node.julia_kind = fitting[-1]

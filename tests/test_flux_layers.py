@@ -139,6 +139,7 @@ def test_normalisation_over_instances_groups_and_features():
     np.testing.assert_allclose(groups.mean(axis=(0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(groups.std(axis=(0, 1, 2)), 1, rtol=1e-3)
     features = gs.LayerNorm(5, 4)(x)
+    np.testing.assert_array_equal(gs.LayerNorm((5, 4))(x), features)
     np.testing.assert_allclose(features.std(axis=(0, 1)), 1, rtol=1e-3)
     assert gs.LayerNorm(5, gs.relu)(x[:, 0, 0]).min() == 0
     assert all(layer(x.astype("f8")).dtype == np.float64 for layer in [gs.InstanceNorm(6)])

@@ -180,6 +180,8 @@ def test_what_a_version_cannot_hold_is_refused(tmp_path):
         gs.save(tmp_path / "m.bson", model=gs.EmbeddingBag(3, 2), flux="0.12")
     with pytest.raises(gs.UnsupportedValueError, match=r"expected a version from 0\.9 on"):
         gs.save(tmp_path / "m.bson", model=grouped, flux="two")
+    with pytest.raises(gs.UnsupportedValueError, match=r"no Flux\.Recur, which went with 0\.15"):
+        gs.save(tmp_path / "m.bson", model=gs.Recur(gs.RNNCell(2, 3)), flux="0.16")
     still = gs.InstanceNorm(3, affine=True)
     with pytest.raises(gs.UnsupportedValueError, match=r"model\.track_stats: Flux 0\.9 has no"):
         gs.save(tmp_path / "m.bson", model=still, flux="0.9")
