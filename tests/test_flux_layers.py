@@ -284,7 +284,9 @@ def test_layers_made_here_come_back_from_a_file(name, version, tmp_path):
     try:
         gs.save(tmp_path / "layer.bson", layer=layer, flux=version)
     except gs.UnsupportedValueError:
-        assert version == "0.14" and name in ("RNN", "LSTM", "GRU", "GRUv3")  # came with 0.15
+        # what came with 0.15, and what went with it
+        refused = {"0.14": ("RNN", "LSTM", "GRU", "GRUv3"), "0.16.1": ("Recur",)}
+        assert name in refused.get(version, ())
         return
     loaded = gs.load(tmp_path / "layer.bson", "layer")
     assert type(loaded) is type(layer) and repr(loaded) == repr(layer)
