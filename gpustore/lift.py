@@ -300,6 +300,8 @@ class Lifter:
         self.memo[id(node)] = made
         for name, child in zip(kind.fields, content, strict=True):
             part = self.value(child, f"{path}.{name}")
+            if kind.is_layer and type(part) is np.ndarray and not part.flags.f_contiguous:
+                part = self.turned(child, part, path)
             if not kind.accepts(name, part):
                 raise self.malformed(f"{path}.{name}", f"a {type(part).__name__} is out of place")
             object.__setattr__(made, name, part)
@@ -312,6 +314,12 @@ class Lifter:
                 object.__setattr__(made, "julia_kind", kind)
         if kind.cls is TrackedArray and len(content) == 2:
             made.grad = None  # it was never set in Julia
+        return made
+
+    def turned(self, node: Any, array: Any, path: str) -> Struct:
+        """Return a layer's PermutedDimsArray as the struct it is: in layers `save` writes none."""
+        node = self.resolve(node, path)
+        made = self.memo[id(node)] = wrappers.Wrapped(self.type_in(node, path), [array.T])
         return made
 
     def unknown(self, node: dict[str, Any], julia_type: Any, content: Any, path: str) -> Struct:
