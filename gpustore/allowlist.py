@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import activations, arithmetic, limits, pooling, reductions, semantics
+from gpustore import activations, arithmetic, limits, networks, reductions, semantics
 from gpustore.arithmetic import (
     Irrational,
     comparison,
@@ -18,6 +18,7 @@ from gpustore.arithmetic import (
     of_bits,
     of_floats,
     of_numbers,
+    promoted,
     rounding,
     settled,
 )  # fmt: skip
@@ -34,6 +35,7 @@ from gpustore.broadcasting import (
 )  # fmt: skip
 from gpustore.errors import OpaqueCodeError
 from gpustore.flux import FUNCTIONS
+from gpustore.julia import Struct
 from gpustore.reductions import elementwise, reduction, spread
 from gpustore.semantics import COLON, array, getindex, items, length, shape_of, size
 
@@ -48,6 +50,60 @@ _KINDS = {
 }  # fmt: skip
 _ARRAYS = {"AbstractArray": 0, "Array": 0, "AbstractVector": 1, "Vector": 1, "AbstractMatrix": 2,
            "Matrix": 2}  # fmt: skip
+
+
+def _of_half_turns(ufunc: Callable[..., Any], x: Any) -> Any:
+    """Return the sine or cosine of π x, worked out in Float64."""
+    return ufunc(np.fmod(x, 2).astype(np.float64) * math.pi).astype(x.dtype)
+
+
+def _of_type_too(like: Callable[..., Any]) -> Callable[..., Any]:
+    """Return zero or one: of a number, or of a type such as Float32."""
+
+    def apply(x: Any) -> Any:
+        if isinstance(x, Function) and x.dtype is not None:
+            return settled(like(np.dtype(x.dtype).type(0))[()])
+        return like(*promoted(x))
+
+    return apply
+
+
+def _eps(x: Any = None) -> Any:
+    """Return eps(Float32), eps(x) or eps()."""
+    dtype = np.float64 if x is None else getattr(x, "dtype", None)
+    is_type = x is None or isinstance(x, Function)
+    if dtype is None or np.dtype(dtype).kind != "f":
+        raise OpaqueCodeError("eps: a type of floats or a float is expected")
+    return np.dtype(dtype).type(np.finfo(dtype).eps) if is_type else np.spacing(np.abs(x))
+
+
+def _extreme(name: str) -> Callable[..., Any]:
+    """Return typemin or typemax of a type such as Float32."""
+
+    def apply(kind: Any) -> Any:
+        dtype = np.dtype(getattr(kind, "dtype", None) or np.bool_)
+        if dtype.kind not in "iuf":
+            raise OpaqueCodeError(f"type{name}: a type of numbers is expected")
+        if dtype.kind == "f":
+            return dtype.type(-math.inf if name == "min" else math.inf)
+        return settled(dtype.type(getattr(np.iinfo(dtype), name)))
+
+    return apply
+
+
+def _range(start: Any, stop: Any = None, *, length: Any = None, step: Any = None) -> Any:
+    """Return range(start, stop; length) or with a step, as an array."""
+    if length is None:
+        return COLON(start, 1 if step is None else step, stop)
+    count = int(length)
+    bounded((max(count, 0),))
+    if step is None:
+        step = 1 if stop is None else arithmetic.divide(arithmetic.subtract(stop, start),
+                                                        max(count - 1, 1))  # fmt: skip
+    start, step = promoted(start, step)
+    return start + arithmetic.as_dtype(np.arange(count), np.dtype(type(step))) * step
+
+
 _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "sqrt": of_floats(np.sqrt), "exp": of_floats(np.exp), "log1p": of_floats(np.log1p),
     "log": arithmetic.logarithm, "expm1": of_floats(np.expm1), "sin": of_floats(np.sin),
@@ -67,13 +123,15 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "fld": arithmetic.floor_quotient, "cld": arithmetic.ceil_quotient, "clamp": arithmetic.clamp,
     "abs2": of_numbers(activations.abs2), "inv": lambda x: arithmetic.divide(1, x),
     "max": arithmetic.largest, "min": arithmetic.smallest, "muladd": arithmetic.muladd,
-    "fma": arithmetic.muladd, "hypot": arithmetic.hypotenuse, "one": of_numbers(np.ones_like),
+    "fma": arithmetic.muladd, "hypot": arithmetic.hypotenuse, "one": _of_type_too(np.ones_like),
+    "sinpi": of_floats(lambda x: _of_half_turns(np.sin, x)),
+    "cospi": of_floats(lambda x: _of_half_turns(np.cos, x)),
     "iseven": lambda x: arithmetic.modulo(x, 2) == 0,
     "isodd": lambda x: arithmetic.modulo(x, 2) == 1,
 }  # fmt: skip
 _WHOLE_TOO: dict[str, Callable[..., Any]] = {
     "conj": of_numbers(np.conj), "real": of_numbers(np.real), "imag": of_numbers(np.imag),
-    "float": arithmetic.floating, "zero": of_numbers(np.zeros_like),
+    "float": arithmetic.floating, "zero": _of_type_too(np.zeros_like),
 }  # fmt: skip
 
 
@@ -124,16 +182,10 @@ def _filled(value: Any) -> Callable[..., Any]:
     return make
 
 
-def _pool(cls: Any) -> Callable[..., Any]:
-    def apply(x: Any, k: Any, *, pad: Any = 0, stride: Any = None) -> Any:
-        n = array(x).ndim - 2
-        return cls(k if isinstance(k, tuple) else (k,) * n, pad=pad, stride=stride)(array(x))
-
-    return apply
-
-
 def _getindex(x: Any, *index: Any) -> Any:
     """Return x[index...]; of a type such as Float32 it is a vector of that type."""
+    if isinstance(x, Struct) and repr(x.type).startswith("Base.RefValue{") and not index:
+        return x.data[0]
     if isinstance(x, Function) and x.dtype is not None:
         return joined(tuple(arithmetic.converted(x, i) for i in index)).astype(x.dtype)
     return getindex(x, *index)
@@ -205,13 +257,6 @@ def _sorted(x: Any, *, rev: Any = False) -> Any:
     return found[::-1] if rev else found
 
 
-def _batched_mul(x: Any, y: Any) -> Any:
-    x, y = arithmetic.promoted(array(x), array(y))
-    limits.take_elements(math.prod(x.shape) * y.shape[1] // 16)
-    bounded((x.shape[0], *y.shape[1:]))
-    return np.einsum("ijb,jkb->ikb", x, y)
-
-
 def _first_of(place: Callable[[Any], int]) -> Callable[..., Any]:
     return lambda x: getindex(items(x) if isinstance(x, dict) else x, place(x))
 
@@ -239,6 +284,9 @@ _ELEMENTS: dict[str, Callable[..., Any]] = {
     "zeros": _filled(0), "ones": _filled(1), "fill": semantics.fill,
     "similar": lambda x: np.zeros_like(array(x)), "ntuple": _ntuple,
     "enumerate": lambda xs: list(enumerate(items(xs), 1)),
+    "eachcol": lambda x: networks.NETWORKS["unstack"](x, 2), "maybeview": getindex,
+    "eachrow": lambda x: networks.NETWORKS["unstack"](x, 1), "range": _range, "eps": _eps,
+    "typemin": _extreme("min"), "typemax": _extreme("max"),
     "zip": lambda *xs: list(zip(*map(items, xs), strict=False)),
 }  # fmt: skip
 _REDUCTIONS: dict[str, Callable[..., Any]] = {
@@ -254,9 +302,8 @@ _REDUCTIONS: dict[str, Callable[..., Any]] = {
     "findmin": lambda x: (reduction(np.min)(x), _place_of(np.argmin)(x)),
     "tr": lambda x: settled(np.trace(array(x))), "diag": lambda x: np.diag(array(x)),
     "softmax": reductions.softmax, "logsoftmax": reductions.logsoftmax,
-    "normalise": reductions.normalise, "maxpool": _pool(pooling.MaxPool),
-    "meanpool": _pool(pooling.MeanPool), "dropout": lambda x, p, dims=None: x,
-    "batched_mul": _batched_mul, "foldl": _fold, "foldr": _fold_right, "reduce": _fold,
+    "normalise": reductions.normalise, "dropout": lambda x, p, dims=None: x,
+    "foldl": _fold, "foldr": _fold_right, "reduce": _fold,
     "mapreduce": lambda f, g, xs, **options: _fold(g, _map(f, xs), **options),
 }  # fmt: skip
 _OTHERS: dict[str, Callable[..., Any]] = {
@@ -314,7 +361,7 @@ def _of_reals(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _table() -> dict[str, Function]:
-    groups = _SHAPES | _ELEMENTS | _REDUCTIONS | _OTHERS | reductions.LOSSES
+    groups = _SHAPES | _ELEMENTS | _REDUCTIONS | _OTHERS | reductions.LOSSES | networks.NETWORKS
     table = {name: Function(name, call) for name, call in groups.items()}
     table["identity"] = Function("identity", activations.identity, activations.identity)
     table |= {name: elementwise(name, each) for name, each in _ELEMENTWISE.items()}
@@ -353,5 +400,6 @@ MODULES = (
     "Losses", "Main",
 )  # fmt: skip
 QUALIFIED = (
-    "normalise", "dropout", "unsqueeze", "batched_mul", *reductions.LOSSES,
+    "normalise", "dropout", "unsqueeze", "stack", "unstack", "batch", "reset!",
+    *reductions.LOSSES,
 )  # fmt: skip  # not Main's: not exported

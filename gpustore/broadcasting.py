@@ -121,7 +121,9 @@ def materialize(x: Any) -> Any:
     if not any(is_array(arg) or isinstance(arg, (range, list)) for arg in args):
         return _of_tuples(x.function, args)
     args = _together(args)
-    if any(isinstance(arg, (tuple, list)) for arg in args):
+    if any(isinstance(arg, list) for arg in args):
+        return _of_lists(x.function, args)
+    if any(isinstance(arg, tuple) for arg in args):
         raise OpaqueCodeError("a broadcast over a list whose elements are not numbers")
     ndim = max(arg.ndim for arg in args if is_array(arg))
     args = [
@@ -173,6 +175,22 @@ def _of_tuples(function: Any, args: list[Any]) -> Any:
     call = getattr(function, "each", None) or function
     found = tuple(settled(call(*row)) for row in zip(*parts, strict=True))
     return found if any(isinstance(arg, tuple) for arg in args) else found[0]
+
+
+def _of_lists(function: Any, args: list[Any]) -> list[Any]:
+    """Call a function for each element of lists, such as a layer for each step of a sequence."""
+    count = max(len(arg) for arg in args if isinstance(arg, list))
+    is_row = [isinstance(arg, list) or getattr(arg, "shape", ()) == (count,) for arg in args]
+    for arg, one in zip(args, is_row, strict=True):
+        if isinstance(arg, tuple) or (is_array(arg) and not one):
+            raise OpaqueCodeError("a broadcast over a list and what is no list of its length")
+        if isinstance(arg, list) and len(arg) != count:
+            raise OpaqueCodeError(f"lists of {len(arg)} and {count} elements do not broadcast")
+    limits.take_steps(100 * count)
+    return [
+        function(*(arg[i] if one else _value(arg) for arg, one in zip(args, is_row, strict=True)))
+        for i in range(count)
+    ]
 
 
 def _one_by_one(function: Any, args: list[Any], shape: tuple[int, ...]) -> Any:

@@ -230,7 +230,8 @@ class CrossCor(_Convolution):
 class DepthwiseConv(_Convolution):
     """A convolution of each channel by kernels of its own: weight (width..., multiple, in).
 
-    The struct of Flux 0.7 to 0.12; today's Flux makes a Conv with groups instead.
+    The struct of Flux 0.7 to 0.12; today's Flux makes a Conv with groups instead, and so it is
+    written for Flux 0.13 and later.
 
     >>> DepthwiseConv((3, 3), (4, 8))
     DepthwiseConv((3, 3), (4, 8))
@@ -271,6 +272,24 @@ class DepthwiseConv(_Convolution):
         stride, pad, dilation = self._space()
         kernels = weight.reshape((-1, 1, *weight.shape[2:]))
         return correlate(x, flipped(kernels), stride, pad, dilation, self.n_in)
+
+    def grouped(self) -> Conv:
+        """Return the Conv with groups that computes the same."""
+        weight = plain(self.weight)
+        kernels = weight.reshape((*weight.shape[:-2], 1, -1), order="F")
+        return Conv(
+            kernels, self.bias, self.σ, stride=self.stride, pad=self.pad, dilation=self.dilation,
+            groups=self.n_in,
+        )  # fmt: skip
+
+    @classmethod
+    def of_grouped(cls, conv: Conv) -> DepthwiseConv:
+        """Return the depthwise convolution that `grouped` gave this for."""
+        weight = plain(conv.weight)
+        kernels = weight.reshape((*weight.shape[:-2], -1, int(conv.groups)), order="F")
+        return cls(
+            kernels, conv.bias, conv.σ, stride=conv.stride, pad=conv.pad, dilation=conv.dilation
+        )
 
 
 @dataclass(init=False, repr=False, eq=False)

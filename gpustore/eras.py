@@ -38,7 +38,10 @@ class StructKind:
     parameter from the object. `is_layer`: arrays directly in it are written column-major, as
     Flux's own constructors hold them. `since` is the first Flux that writes this layout.
     `from_type`: attributes that the file holds as parameters of the type, by position.
-    `written`: fields whose value is worked out from the object.
+    `written`: fields whose value is worked out from the object where it has none; `turned`: fields
+    that are written as what this makes of their value. `becomes` gives the object of another class
+    that is written in the place of one whose own struct is no more; `until` is the first Flux
+    without such a struct.
     """
 
     cls: type
@@ -50,6 +53,9 @@ class StructKind:
     since: str = "0"
     from_type: tuple[tuple[str, int], ...] = ()
     written: tuple[tuple[str, Callable[[Any], Any]], ...] = ()
+    turned: tuple[tuple[str, Callable[[Any], Any]], ...] = ()
+    becomes: Callable[[Any], Any] | None = None
+    until: str = ""
 
     def accepts(self, field: str, value: Any) -> bool:
         """Whether a file may hold `value` in this field."""
@@ -70,13 +76,17 @@ def _row(
     kinds: Any = (),
     from_type: Any = (),
     written: Any = (),
+    turned: Any = (),
+    becomes: Any = None,
+    until: str = "",
 ) -> StructKind:
     """Return a row for a layer of Flux; `fields` are separated by spaces."""
     names = tuple(fields.split())
     kinds = (*kinds, *((field, _KIND_OF[field]) for field in names if field in _KIND_OF))
     return StructKind(
-        cls, f"Flux.{name or cls.__name__}", names, params, True, kinds, since, from_type, written
-    )
+        cls, f"Flux.{name or cls.__name__}", names, params, True, kinds, since, from_type, written,
+        turned, becomes, until,
+    )  # fmt: skip
 
 
 def _is_array(value: Any) -> bool:
@@ -155,6 +165,7 @@ def _convolutions() -> list[StructKind]:
         _row("0.12.6", conv, grouped, n, m, *rest, kinds=kinds),
         _row("0.7", depthwise, plain, n, *rest, kinds=kinds),
         _row("0.8.3", depthwise, dilated, n, m, *rest, kinds=kinds),
+        _row("0.13", depthwise, grouped, name="Conv", becomes=depthwise.grouped),
         _row("0.8", turned, dilated, n, *rest, kinds=kinds),
         _row("0.8.3", turned, dilated, n, m, *rest, kinds=kinds),
         _row("0.12.8", turned, grouped, n, m, *rest, kinds=kinds),
@@ -222,6 +233,13 @@ def _start(ndim: int) -> Callable[[Any], Any]:
     return start
 
 
+def _as_columns(state: Any) -> Any:
+    """Return the state of a Recur as Flux holds it from 0.12 on: (out, 1), where it is (out,)."""
+    if isinstance(state, tuple):
+        return tuple(map(_as_columns, state))
+    return state.reshape(-1, 1) if getattr(state, "ndim", 0) == 1 else state
+
+
 def _recurrent() -> list[StructKind]:
     r = recurrent
     flat, state = (("state0", _start(1)),), (("state0", _start(2)),)
@@ -229,7 +247,10 @@ def _recurrent() -> list[StructKind]:
     first = (("init", lambda recur: _start(1)(recur.cell)),)
     rows = [
         _row("0.4", r.Recur, "cell init state", "cell", written=first),
-        _row("0.12", r.Recur, "cell state", "cell", "state"),
+        _row(
+            "0.12", r.Recur, "cell state", "cell", "state", turned=(("state", _as_columns),),
+            until="0.15",
+        ),
         _row("0.5", r.RNNCell, "σ Wi Wh bias state0", "σ", "Wi", "bias", written=flat),
         _row("0.12", r.RNNCell, "σ Wi Wh bias state0", "σ", "Wi", "bias", "state0", written=state),
         _row(

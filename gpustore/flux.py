@@ -12,13 +12,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from gpustore import (
-    activations,
-    functions,
-    tree,
-)
+from gpustore import activations, convolution, functions, tree
 from gpustore.eras import TABLE, StructKind
 from gpustore.errors import UnsupportedValueError
+from gpustore.layers import plain
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -34,7 +31,8 @@ def version_of(text: str) -> tuple[int, ...]:
 _KINDS: dict[tuple[str, int], list[StructKind]] = {}
 _ROWS: dict[type, list[StructKind]] = {}
 for _kind in sorted(TABLE, key=lambda kind: version_of(kind.since)):
-    _KINDS.setdefault((_kind.name, len(_kind.fields)), []).append(_kind)
+    if _kind.becomes is None:
+        _KINDS.setdefault((_kind.name, len(_kind.fields)), []).append(_kind)
     _ROWS.setdefault(_kind.cls, []).append(_kind)
 for _cls in (tree.TrackedArray, tree.Params):
     _ROWS[_cls].reverse()
@@ -136,6 +134,11 @@ def in_layout(root: Any, version: str) -> Any:
             raise UnsupportedValueError(
                 f"{path}: Flux {version} has no {rows[0].name}; it came with {rows[0].since}"
             )
+        until = fitting[-1].until
+        if until and version_of(until) <= asked:
+            raise UnsupportedValueError(
+                f"{path}: Flux {version} has no {rows[0].name}, which went with {until}"
+            )
         _refuse_loss(path, node, fitting[-1], version)
         node.__dict__.pop("julia_type", None)
         node.julia_kind = fitting[-1]
@@ -151,13 +154,27 @@ def _refuse_loss(path: str, layer: Any, kind: StructKind, version: str) -> None:
         if value is not default and set(value if isinstance(value, tuple) else [value]) != {
             default
         }:
-            raise UnsupportedValueError(
-                f"{path}.{field.name}: Flux {version} has no field for {value!r}; ask for a newer "
-                "one"
-            )
+            raise _no_field(path, field.name, version, value)
+    for name in ("affine", "track_stats"):
+        if name not in kind.fields and getattr(layer, name, True) is False:
+            raise _no_field(path, name, version, False)
+
+
+def _no_field(path: str, name: str, version: str, value: Any) -> UnsupportedValueError:
+    return UnsupportedValueError(
+        f"{path}.{name}: Flux {version} has no field for {value!r}; ask for a newer one"
+    )
 
 
 _UNHELD = ("rng", "active", "affine", "track_stats", "chs", "ε", "size")  # said otherwise too
+
+
+def restored(made: Any, name: Any) -> Any:
+    """Return the object that `made` was written for, by the name of its class in the file."""
+    is_grouped = isinstance(made, convolution.Conv) and hasattr(plain(made.weight), "reshape")
+    if name != "DepthwiseConv" or not is_grouped or plain(made.weight).shape[-1] % made.groups:
+        return made
+    return convolution.DepthwiseConv.of_grouped(made)
 
 
 def function_named(name: str) -> Callable[..., Any] | None:

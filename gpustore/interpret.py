@@ -16,7 +16,7 @@ import numpy as np
 
 from gpustore import flux, limits
 from gpustore.allowlist import BY_TWIN, CONSTANTS, MODULES, QUALIFIED, TABLE
-from gpustore.arithmetic import is_array, number, settled
+from gpustore.arithmetic import converted, is_array, number, settled
 from gpustore.broadcasting import Function, Held, Row, materialize, whole
 from gpustore.code import (
     SSA,
@@ -34,7 +34,7 @@ from gpustore.code import (
 from gpustore.errors import GpustoreError, OpaqueCodeError
 from gpustore.julia import JuliaType, NamedTuple, OpaqueFunction, Struct
 from gpustore.layers import plain
-from gpustore.semantics import Value, getindex, items
+from gpustore.semantics import Value, array, getindex, items
 
 _OUTSIDE_STEPS = 100  # that a call of a layer or of a supplied function counts for
 _LEGACY = {"W": "weight", "b": "bias", "over": "layers", "α": "scale", "β": "bias", "σ²": "σ2",
@@ -125,7 +125,8 @@ class Runner:
         plain_name = str(name).replace(".#", ".")  # as `functions` are keyed
         for spelling in (plain_name, f"Main.{name.name}", name.name):
             if spelling in self.functions:
-                return Function(name.name, _supplied(self.functions[spelling]))
+                found = self.functions[spelling]
+                return Function(name.name, _supplied(found)) if callable(found) else found
         known = flux.FUNCTIONS.get(f"{name.module}.#{name.name}")
         in_table = TABLE.get(name.name)
         package = name.module.partition(".")[0]
@@ -140,9 +141,14 @@ class Runner:
             return _SPECIAL[name.name]
         if name.name in MODULES:
             return Module(name.name)
+        if name.name.startswith("#"):
+            raise OpaqueCodeError(
+                f"the code in this file makes a {name}, an inner function whose code the file does "
+                "not hold; give a Python function for the whole: load(..., functions={name: f})"
+            )
         raise OpaqueCodeError(
             f"the code in this file uses {name}, which is not known here; supply it as "
-            f"load(..., functions={{{str(name)!r}: function}})"
+            f"load(..., functions={{{str(name)!r}: function}}); a value may stand there too"
         )
 
 
@@ -243,7 +249,13 @@ def _apply_type(base: Any, *params: Any) -> Any:
         return lambda: Value(params[0])
     if base is _NAMED_TUPLE:
         return _NamedTupleOf(params[0])
-    raise OpaqueCodeError("the code in this file makes a type; only Val and NamedTuple are known")
+    if getattr(base, "name", None) in _ARRAYS and getattr(params[0], "dtype", None) is not None:
+        kind = params[0]
+        convert = lambda x: converted(kind, array(x))  # noqa: E731
+        return Function(base.name, convert, convert, kind.dtype)
+    raise OpaqueCodeError(
+        "the code in this file makes a type; only Val, NamedTuple and arrays of numbers are known"
+    )
 
 
 def _keyword_function(function: Any) -> Callable[..., Any]:
@@ -287,7 +299,8 @@ def _getfield(value: Any, name: Any, *order: Any) -> Any:
     )
 
 
-_VAL, _NAMED_TUPLE = object(), object()
+_VAL, _NAMED_TUPLE = Function("Val", Value), object()
+_ARRAYS = ("Array", "Vector", "Matrix")
 _SPECIAL: dict[str, Any] = {
     "Val": _VAL,
     "NamedTuple": _NAMED_TUPLE,

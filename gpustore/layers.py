@@ -57,8 +57,9 @@ def glorot_normal(
 
 
 def plain(x: Any) -> Any:
-    """Return a parameter's array: that of a TrackedArray, or itself."""
-    return x.data if getattr(x, "is_tracked_array", False) else x
+    """Return a parameter's array: that of a TrackedArray or of Julia's Adjoint, or itself."""
+    x = x.data if getattr(x, "is_tracked_array", False) else x
+    return x.array if getattr(x, "is_wrapped_array", False) else x
 
 
 def matched(x: Any, weight: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import flux, specs, twins
+from gpustore import flux, specs, twins, wrappers
 from gpustore.document import Slot, int64
 from gpustore.eras import StructKind
 from gpustore.errors import FormatError
@@ -60,7 +60,7 @@ class Lifter:
         self.resolve, self.malformed = self.source.resolve, self.source.malformed
         self.make_array, self.make_row, self.read, self.name = make_array, make_row, read, name
         self.functions = {name.replace(".#", "."): f for name, f in (functions or {}).items()}
-        self.memo: dict[int, Any] = {}  # id of a document or list -> its value
+        self.memo: dict[int, Any] = {}  # id of a document or list, -n of backref n -> its value
         self.types: dict[Any, JuliaType] = {}
         self.row_major: tuple[Any, JuliaType] | None = None  # of the last such array
         self.dtypes: dict[str, np.dtype[Any]] = {}  # of element types without parameters
@@ -108,7 +108,11 @@ class Lifter:
     def tagged(self, node: dict[str, Any], path: str) -> Any:
         tag = node.get("tag")
         if tag == "backref":
-            node = self.resolve(node, path)
+            number, node = node.get("ref"), self.resolve(node, path)
+            if isinstance(node, (bytes, Slot)):  # without an identity of its own: short ones repeat
+                if -number not in self.memo:
+                    self.memo[-number] = self.value(node, path)
+                return self.memo[-number]
             if type(node) is not dict:
                 return self.value(node, path)
             tag = node.get("tag")
@@ -282,7 +286,8 @@ class Lifter:
         """Make the object of a struct that has a class here: of Flux, or registered by the user."""
         kind = flux.kind_named(julia_type.name, len(content), len(julia_type.params))
         if kind is not None:
-            return self.instance(node, kind, julia_type, content, path)
+            made = self.instance(node, kind, julia_type, content, path)
+            return flux.restored(made, node["python"]) if "python" in node else made
         if not flux.is_of_flux(julia_type.name):
             return self.unknown(node, julia_type, content, path)
         counts = " or ".join(map(str, flux.layouts(julia_type.name)))
@@ -301,6 +306,8 @@ class Lifter:
         self.memo[id(node)] = made
         for name, child in zip(kind.fields, content, strict=True):
             part = self.value(child, f"{path}.{name}")
+            if kind.is_layer and type(part) is np.ndarray and not part.flags.f_contiguous:
+                part = self.turned(child, part, path)
             if not kind.accepts(name, part):
                 raise self.malformed(f"{path}.{name}", f"a {type(part).__name__} is out of place")
             object.__setattr__(made, name, part)
@@ -315,12 +322,19 @@ class Lifter:
             made.grad = None  # it was never set in Julia
         return made
 
+    def turned(self, node: Any, array: Any, path: str) -> Struct:
+        """Return a layer's PermutedDimsArray as the struct it is: in layers `save` writes none."""
+        node = self.resolve(node, path)
+        made = self.memo[id(node)] = wrappers.Wrapped(self.type_in(node, path), [array.T])
+        return made
+
     def unknown(self, node: dict[str, Any], julia_type: Any, content: Any, path: str) -> Struct:
         names = node.get("fields")
         if not isinstance(names, list) or len(names) != len(content):
             names = flux.field_names_of(julia_type, len(content))
         fields: list[Any] = []
-        made = self.memo[id(node)] = Struct(julia_type, fields, tuple(names) if names else None)
+        kind = wrappers.CLASSES.get(getattr(julia_type, "name", ""), Struct)
+        made = self.memo[id(node)] = kind(julia_type, fields, tuple(names) if names else None)
         labels = [f".{name}" for name in names] if names else range(len(content))
         for label, child in zip(labels, content, strict=True):
             fields.append(self.value(child, f"{path}{label}" if names else f"{path}.data[{label}]"))

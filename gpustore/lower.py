@@ -310,6 +310,11 @@ class Lowerer:
                 )
             container[key] = self.functions[name]
             return
+        if kind is not None and kind.becomes is not None:
+            self.instance(container, key, kind.becomes(value), path)
+            container[key]["python"] = type(value).__name__
+            self.place(container, key, value, container[key])
+            return
         names = kind.fields if kind else flux.field_names(type(value))
         if names is None:
             raise self.refuse(path, value, _advice(value))

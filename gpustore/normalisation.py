@@ -259,6 +259,7 @@ class LayerNorm(Shown):
     def __init__(self, *size: Any, λ: Callable[[Any], Any] = identity, affine: bool = True) -> None:
         if size and callable(size[-1]):
             size, λ = size[:-1], size[-1]
+        size = size[0] if len(size) == 1 and isinstance(size[0], tuple) else size
         self.λ, self.ε, self.affine = λ, _EPS, affine
         self.size = tuple(int(n) for n in size)
         self.diag = Scale(*self.size, σ=λ) if affine else λ

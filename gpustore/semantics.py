@@ -202,7 +202,7 @@ def getindex(x: Any, *index: Any) -> Any:
     for i in index:
         if i is not COLON:
             x = _taken(x, i, axis)
-        axis += i is COLON or not is_number(i) or is_array(i)
+        axis += 1 if i is COLON or isinstance(i, range) else getattr(i, "ndim", 0)
     return settled(x) if not is_array(x) else x
 
 
@@ -234,8 +234,8 @@ def _taken(x: Any, index: Any, axis: int) -> Any:
     if index.dtype == bool and index.shape != (count,):
         raise OpaqueCodeError(f"a mask of shape {index.shape} for an axis of {count}")
     places = np.flatnonzero(index) if index.dtype == bool else as_dtype(index, np.int64) - 1
-    if index.dtype.kind not in "biu" or places.ndim != 1:
-        raise OpaqueCodeError("an index is expected to be whole numbers, in a vector")
+    if index.dtype.kind not in "biu":
+        raise OpaqueCodeError("an index is expected to be whole numbers")
     if places.size and not 0 <= int(places.min()) <= int(places.max()) < count:
         raise OpaqueCodeError(f"an index is out of 1 to {count}")
     places = _beside(places, x)

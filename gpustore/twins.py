@@ -142,6 +142,9 @@ def lift_set(lifter: Any, node: Any, julia_type: Any, content: Any, path: str) -
     fields = lifter.field(inner, "data", list, path)
     if not _inner_type(julia_type).is_same(inner_type) or len(fields) != 2:
         return NotImplemented
+    known = lifter.memo.get(~id(inner))  # Julia's Set is nothing but its dictionary: one, one set
+    if known is not None:
+        return known
     members = _lift_members(lifter, fields[0], julia_type.params[0], path)
     try:
         made = JuliaSet(members or ())
@@ -152,6 +155,7 @@ def lift_set(lifter: Any, node: Any, julia_type: Any, content: Any, path: str) -
     if node.get("python") in ("set", "frozenset"):
         return frozenset(made) if node["python"] == "frozenset" else set(made)
     made.julia_type, made.order = julia_type, tuple(members)
+    lifter.memo[~id(inner)] = made
     return made
 
 

@@ -125,6 +125,8 @@ def _instance_type(value: Any) -> Any:
     own, kind = getattr(value, "julia_type", None), flux.kind_of(value)
     if kind is None:
         return _named(f"Main.{type(value).__name__}") if own is None else own
+    if kind.becomes is not None:
+        return type_of(kind.becomes(value))
     if isinstance(own, JuliaType) and len(own.params) == len(kind.params):
         params = (
             _param(name, value)
@@ -216,6 +218,8 @@ def field_of(value: Any, name: str) -> Any:
         if field == name and _is_unset(value.__dict__.get(name)):
             return work_out(value)
     part = getattr(value, name)
+    for field, turn in kind.turned if kind else ():
+        part = turn(part) if field == name else part
     return NamedTuple(part) if name == "layers" and type(part) is dict else part
 
 

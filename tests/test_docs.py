@@ -175,7 +175,8 @@ def flux_page() -> str:
     seen = eras_seen()
     rows: dict[tuple[str, str], list[Any]] = {}
     for kind in eras.TABLE:
-        rows.setdefault((kind.cls.__name__, kind.name), []).append(kind)
+        if kind.becomes is None:
+            rows.setdefault((kind.cls.__name__, kind.name), []).append(kind)
     for (cls, name), kinds in sorted(rows.items()):
         counts: dict[int, str] = {}
         for kind in kinds:

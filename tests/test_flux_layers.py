@@ -139,6 +139,7 @@ def test_normalisation_over_instances_groups_and_features():
     np.testing.assert_allclose(groups.mean(axis=(0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(groups.std(axis=(0, 1, 2)), 1, rtol=1e-3)
     features = gs.LayerNorm(5, 4)(x)
+    np.testing.assert_array_equal(gs.LayerNorm((5, 4))(x), features)
     np.testing.assert_allclose(features.std(axis=(0, 1)), 1, rtol=1e-3)
     assert gs.LayerNorm(5, gs.relu)(x[:, 0, 0]).min() == 0
     assert all(layer(x.astype("f8")).dtype == np.float64 for layer in [gs.InstanceNorm(6)])
@@ -283,7 +284,9 @@ def test_layers_made_here_come_back_from_a_file(name, version, tmp_path):
     try:
         gs.save(tmp_path / "layer.bson", layer=layer, flux=version)
     except gs.UnsupportedValueError:
-        assert version == "0.14" and name in ("RNN", "LSTM", "GRU", "GRUv3")  # came with 0.15
+        # what came with 0.15, and what went with it
+        refused = {"0.14": ("RNN", "LSTM", "GRU", "GRUv3"), "0.16.1": ("Recur",)}
+        assert name in refused.get(version, ())
         return
     loaded = gs.load(tmp_path / "layer.bson", "layer")
     assert type(loaded) is type(layer) and repr(loaded) == repr(layer)

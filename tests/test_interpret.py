@@ -31,6 +31,7 @@ with tempfile.TemporaryDirectory() as _folder:
     _file.write_bytes(gzip.decompress((FIXTURES / "code_julia15_semantics.bson.gz").read_bytes()))
     _more = gs.load(_file, mmap=False)
 CASES = {part: CASES[part] | _more[part] for part in CASES}
+NETWORKS = FIXTURES / "code_julia15_networks.bson.gz"  # of Flux 0.12.1 and NNlib 0.7.14
 
 
 def same(found, expected):
@@ -75,6 +76,29 @@ WITH_ARRAYS = [
 def test_the_same_code_runs_on_the_device(cuda, name):
     args, expected = CASES["cases"][name]
     assert same(gs.cpu(gs.gpu(CASES["functions"][name])(*gs.gpu(args))), expected)
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    file = tmp_path_factory.mktemp("code") / "networks.bson"
+    file.write_bytes(gzip.decompress(NETWORKS.read_bytes()))
+    return gs.load(file, mmap=False)
+
+
+def test_functions_of_networks_give_what_julia_gave(networks):
+    assert len(networks["cases"]) == 36
+    for name, (args, expected) in networks["cases"].items():
+        found = networks["functions"][name](*args)
+        assert type(found) is type(expected), name
+        assert np.asarray(found).dtype == np.asarray(expected).dtype, name
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6, err_msg=name)
+
+
+def test_functions_of_networks_run_on_the_device(cuda, networks):
+    for name in ("conv", "conv_flipped", "global_pool", "batched_operator", "onecold", "views"):
+        args, expected = networks["cases"][name]
+        found = gs.cpu(gs.gpu(networks["functions"][name])(*gs.gpu(args)))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +187,14 @@ def test_a_supplied_function_takes_its_place():
     assert made(4) == 40
     whole = function(*body, functions={"#1#2": lambda x: -x})
     assert whole(4) == -4
+
+
+def test_a_value_is_supplied_as_a_function_is():
+    made = function(
+        call("*", Global("Main", "weight"), Slot(2)), Expr("return", (SSA(1),)),
+        functions={"Main.weight": 2.0 * np.eye(3)},
+    )  # fmt: skip
+    assert same(made(np.ones(3)), np.full(3, 2.0))
 
 
 def test_load_takes_functions_for_those_of_the_file():
@@ -302,6 +334,27 @@ BOMBS = {
     "elements one by one": [
         call("zeros", Constant(2**24)),
         call("broadcast", Global("Base", "size"), SSA(1)),
+    ],
+    "padding": [
+        call("reshape", Slot(2), Constant(1), Constant(2), Constant(1), Constant(1)),
+        call("conv", SSA(1), SSA(1)),
+        call("kwfunc", Global("NNlib", "maxpool"), module="Core"),
+        call("apply_type", Global("Core", "NamedTuple"), Constant(("pad",)), module="Core"),
+        Expr("call", (SSA(4), Constant((2**40,)))),
+        Expr("call", (SSA(3), SSA(5), Global("NNlib", "maxpool"), SSA(1), Constant((1, 1)))),
+    ],
+    "an enlarged image": [
+        call("reshape", Slot(2), Constant(1), Constant(2), Constant(1), Constant(1)),
+        call("upsample_nearest", SSA(1), Constant((2**20, 2**20))),
+    ],
+    "an adaptive pool": [
+        call("reshape", Slot(2), Constant(1), Constant(2), Constant(1), Constant(1)),
+        call("AdaptiveMaxPool", Constant((2**20, 2**20))),
+        Expr("call", (SSA(2), SSA(1))),
+    ],
+    "classes": [
+        call(":", Constant(1), Constant(2**40)),
+        call("onehotbatch", Slot(2), SSA(1)),
     ],
     "a value that is not there": [call("+", SSA(7), Constant(1))],
     "no function": [Expr("call", (Constant(3), Slot(2)))],

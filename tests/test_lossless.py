@@ -214,6 +214,43 @@ def test_any_document_of_julias_is_written_as_it_was_read(tmp_path_factory, entr
     assert differences(bson.decode((folder / "in.bson").read_bytes()), again) == []
 
 
+def test_a_layer_keeps_the_permuted_weight_of_its_file(tmp_path):
+    matrix = datatype("Core.Array", datatype("Core.Float32"), Int64(2))
+    vector_type = datatype("Core.Array", datatype("Core.Float32"), Int64(1))
+    order = {"tag": "tuple", "data": [Int64(2), Int64(1)]}
+    permuted = {
+        "tag": "datatype", "name": ["Base", "PermutedDimsArrays", "PermutedDimsArray"],
+        "params": [datatype("Core.Float32"), Int64(2), order, order, matrix],
+    }  # fmt: skip
+    numbers = np.arange(6, dtype="f4")
+    parent = vector(datatype("Core.Float32"), numbers.tobytes(), 3)
+    parent["size"].append(Int64(2))
+    bias = vector(datatype("Core.Float32"), bytes(8), 2)
+    identity = datatype("Base.#identity")
+    dense = datatype("Flux.Dense", identity, permuted, vector_type)
+    weight = julia_struct(permuted, parent)
+    document = {"a": julia_struct(dense, weight, bias, julia_struct(identity)), "_backrefs": []}
+    (tmp_path / "in.bson").write_bytes(bson.encode(document))
+    loaded = gs.load(tmp_path / "in.bson")
+    assert np.array_equal(loaded["a"](np.eye(3, dtype="f4")), numbers.reshape(2, 3))
+    assert differences(document, saved(tmp_path / "out.bson", loaded)) == []
+
+
+def test_sets_around_one_dictionary_are_one_set_and_short_binaries_are_not(tmp_path):
+    numbers = julia_set(["a"])
+    inner = numbers["data"][0]
+    ref = [{"tag": "backref", "ref": Int64(n)} for n in (1, 2, 3)]
+    document = {
+        "one": numbers | {"data": [ref[0]]}, "two": numbers | {"data": [ref[0]]},
+        "x": ref[1], "y": ref[1], "z": ref[2], "_backrefs": [inner, b"\1", b"\1"],
+    }  # fmt: skip
+    (tmp_path / "in.bson").write_bytes(bson.encode(document))
+    loaded = gs.load(tmp_path / "in.bson")
+    assert loaded["one"] is loaded["two"]
+    assert loaded["x"] is loaded["y"] is not loaded["z"]
+    assert differences(document, saved(tmp_path / "out.bson", loaded)) == []
+
+
 def test_the_comparison_sees_what_differs():
     whole = {"a": [1.0, {"tag": "backref", "ref": 1}], "_backrefs": [{"x": Int64(1)}]}
     same = {"a": [1.0, {"x": Int64(1)}], "_gpustore": {}}

@@ -8,6 +8,7 @@ import itertools
 import json
 from pathlib import Path
 
+import bson
 import numpy as np
 import pytest
 
@@ -179,7 +180,43 @@ def test_what_a_version_cannot_hold_is_refused(tmp_path):
         gs.save(tmp_path / "m.bson", model=gs.EmbeddingBag(3, 2), flux="0.12")
     with pytest.raises(gs.UnsupportedValueError, match=r"expected a version from 0\.9 on"):
         gs.save(tmp_path / "m.bson", model=grouped, flux="two")
+    with pytest.raises(gs.UnsupportedValueError, match=r"no Flux\.Recur, which went with 0\.15"):
+        gs.save(tmp_path / "m.bson", model=gs.Recur(gs.RNNCell(2, 3)), flux="0.16")
+    still = gs.InstanceNorm(3, affine=True)
+    with pytest.raises(gs.UnsupportedValueError, match=r"model\.track_stats: Flux 0\.9 has no"):
+        gs.save(tmp_path / "m.bson", model=still, flux="0.9")
     assert not (tmp_path / "m.bson").exists()
+
+
+@pytest.mark.parametrize("version", [None, "0.13", "0.16"])
+def test_a_depthwise_convolution_is_written_as_a_grouped_one_from_flux_0_13_on(tmp_path, version):
+    rng = np.random.default_rng(0)
+    layer = gs.DepthwiseConv((3, 2), (3, 6), gs.relu, stride=2, pad=(1, 0, 0, 1), rng=rng)
+    gs.save(tmp_path / "m.bson", model=gs.Chain(layer, layer), flux=version)
+    node = bson.decode((tmp_path / "m.bson").read_bytes())
+    found = node["_backrefs"][0]
+    assert found["type"]["name"] == ["Flux", "Conv"] and len(found["data"]) == 7
+    assert found["data"][1]["size"] == [3, 2, 1, 6] and found["data"][6] == 3
+    kernels = np.asarray(layer.weight).reshape(-1, order="F")
+    assert bytes(found["data"][1]["data"]) == kernels.tobytes()
+    loaded = gs.load(tmp_path / "m.bson", "model")
+    assert loaded[0] is loaded[1] and type(loaded[0]) is gs.DepthwiseConv
+    x = rng.normal(size=(7, 6, 3, 2)).astype("f4")
+    np.testing.assert_array_equal(loaded[0](x), layer(x))
+    np.testing.assert_allclose(layer.grouped()(x), layer(x), rtol=1e-5, atol=1e-6)
+    gs.save(tmp_path / "old.bson", model=loaded[0], flux="0.12")
+    assert b"DepthwiseConv" in (tmp_path / "old.bson").read_bytes()
+
+
+@pytest.mark.parametrize("cell", [gs.RNNCell, gs.LSTMCell, gs.GRUCell])
+def test_the_state_of_a_new_recur_is_written_as_the_matrix_that_flux_starts_from(tmp_path, cell):
+    gs.save(tmp_path / "m.bson", model=gs.Recur(cell(4, 3)), flux="0.12")
+    found = gs.load(tmp_path / "m.bson", "model")
+    states = found.state if isinstance(found.state, tuple) else (found.state,)
+    assert all(state.shape == (3, 1) for state in states)
+    last = found.julia_type.params[-1]
+    assert (last.params[-1] if cell is gs.LSTMCell else last).params[1] == 2
+    assert found(np.ones((4, 2), np.float32)).shape == (3, 2)
 
 
 @pytest.mark.parametrize("file", sorted(WILD.glob("*.bson")), ids=lambda file: file.stem)
