@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -128,20 +128,26 @@ class Encoder:
         self.structures.append(self.segment)
 
     def row(self, keys: list[bytes], nodes: list[Any]) -> None:
-        """Encode a row as one bare payload, of which the structure is hashed."""
-        payloads = rows.stacked([rows.array_in(node)["data"] for node in nodes])
+        """Encode a row as one payload, made piece by piece when it is written."""
+        contents = [rows.array_in(node)["data"] for node in nodes]
         like = Encoder()
         like.base = self.position()
         like.element(keys[0], nodes[0])
         before, after = like.structures
-        stop = len(before) + payloads.shape[1]
-        template = before + bytes(payloads.shape[1]) + after
-        matrix = rows.filled(template, keys, payloads, stop + len(DIGEST_ELEMENT))
-        matrix[:, len(before) : stop] = payloads
-        hashed = np.concatenate((matrix[:, : len(before)], matrix[:, stop:]), axis=1)
-        whole = matrix.reshape(-1)
-        self.base = self.position() + whole.size
-        self.payloads.append(Payload(whole.size, None, True, whole, hashed.reshape(-1)))
+        start, stop = len(before), len(before) + contents[0].nbytes
+        template = before + bytes(contents[0].nbytes) + after
+
+        def pieces() -> Iterator[tuple[Any, Any]]:
+            for part in rows.parts(len(keys), len(template)):
+                payloads = rows.stacked(contents[part])
+                matrix = rows.filled(template, keys[part], payloads, stop + len(DIGEST_ELEMENT))
+                matrix[:, start:stop] = payloads
+                structure = np.concatenate((matrix[:, :start], matrix[:, stop:]), axis=1)
+                yield matrix.reshape(-1), structure.reshape(-1)
+
+        nbytes = len(keys) * len(template)
+        self.base = self.position() + nbytes
+        self.payloads.append(Payload(nbytes, None, True, make_row=pieces))
         self.segment = bytearray()
         self.structures.append(self.segment)
 
@@ -169,21 +175,30 @@ class DetachedEncoder(Encoder):
 
     def row(self, keys: list[bytes], nodes: list[Any]) -> None:
         """Encode a row; its payloads are one, with zeros between them."""
-        payloads = rows.stacked([rows.array_in(node)["data"] for node in nodes])
+        contents = [rows.array_in(node)["data"] for node in nodes]
         like = DetachedEncoder()
         like.element(keys[0], nodes[0])
         (at,) = like.offsets
         assert isinstance(at, int)
-        matrix = rows.filled(like.segment, keys, payloads, _digest_of(at).start)
-        start, (count, nbytes) = len(self.segment) + at, payloads.shape
-        places = range(start, start + matrix.size, len(like.segment))
-        self.segment += matrix.reshape(-1).data
-        spaced = np.zeros((count, _aligned(nbytes, 64)), np.uint8)
-        self.offsets.append((places, spaced.shape[1]))
-        spaced[:, :nbytes] = payloads
-        whole = spaced.reshape(-1)[: spaced.size - spaced.shape[1] + nbytes]
-        gaps = bytes(whole.size - payloads.size)
-        self.payloads.append(Payload(whole.size, None, True, whole, gaps))
+        count, nbytes, start = len(keys), contents[0].nbytes, len(self.segment) + at
+        pitch, distance = len(like.segment), _aligned(nbytes, 64)
+        for part in rows.parts(count, pitch + nbytes):
+            payloads = rows.stacked(contents[part])
+            matrix = rows.filled(like.segment, keys[part], payloads, _digest_of(at).start)
+            self.segment += matrix.reshape(-1).data
+
+        def pieces() -> Iterator[tuple[Any, Any]]:
+            for part in rows.parts(count, distance):
+                payloads = rows.stacked(contents[part])
+                spaced = np.zeros((len(payloads), distance), np.uint8)
+                spaced[:, :nbytes] = payloads
+                whole = spaced.reshape(-1)
+                if part.stop >= count:
+                    whole = whole[: whole.size - distance + nbytes]
+                yield whole, bytes(whole.size - payloads.size)
+
+        self.offsets.append((range(start, start + count * pitch, pitch), distance))
+        self.payloads.append(Payload((count - 1) * distance + nbytes, None, True, make_row=pieces))
 
     def finish(self) -> Plan:
         """Place the payloads, in order and aligned, after the document and its padding."""

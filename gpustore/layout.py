@@ -19,7 +19,7 @@ MAX_DEPTH = 200
 INLINE_LIMIT = 2**31 - 1  # BSON lengths are signed 32-bit numbers
 PAGE_ALIGNED_NBYTES = 1024 * 1024  # payloads from this size on begin on a page
 ROW_NBYTES = 1024 * 1024  # of small documents in a row that are handled at once
-SMALL_NBYTES = 512  # arrays up to this size are copied into the plan of a file
+SMALL_NBYTES = 16 * 1024  # arrays up to this size are written in rows
 
 INT32 = struct.Struct("<i")
 INT64 = struct.Struct("<q")
@@ -37,8 +37,9 @@ class Slot(NamedTuple):
 class Payload:
     """Bytes to be streamed into a file: `chunks()` yields C-contiguous buffers, `nbytes` in all.
 
-    A bare one is neither aligned nor given a digest: it counts as part of the structure, or that
-    of it does which is `hashed`. `content` is the C-contiguous host array of a small one,
+    A bare one is neither aligned nor given a digest: it counts as part of the structure. So it is
+    with a row of elements, but for the payloads and digests in it: `make_row` yields buffers and
+    what of them is structure. `content` is the C-contiguous host array of a small one,
     `device_array` the array of CuPy whose row-major bytes they are, where there is one; then they
     may be hashed, and written, before their turn comes.
     """
@@ -47,12 +48,14 @@ class Payload:
     make_chunks: Callable[[], Iterable[Any]] | None
     is_bare: bool = False
     content: Any = None
-    hashed: Any = None
+    make_row: Callable[[], Iterable[tuple[Any, Any]]] | None = None
     device_array: Any = None
     digest: bytes | None = None
     is_written: bool = False
 
     def chunks(self) -> Iterable[Any]:
+        if self.make_row is not None:
+            return (octets for octets, _ in self.make_row())
         if self.make_chunks is None:
             return (self.content.reshape(-1).view("u1"),)
         return self.make_chunks()

@@ -167,6 +167,13 @@ def is_small(nodes: list[dict[str, Any]]) -> bool:
     return len({payload.nbytes for payload in payloads}) == 1
 
 
+def parts(count: int, pitch: int) -> Iterator[slice]:
+    """Yield slices of a row of which each makes about ROW_NBYTES."""
+    step = max(ROW_NBYTES // pitch, 1)
+    for start in range(0, count, step):
+        yield slice(start, start + step)
+
+
 def stacked(contents: list[Any]) -> Any:
     """Return buffers of one size as the rows of a matrix of bytes."""
     return np.frombuffer(b"".join(contents), np.uint8).reshape(len(contents), -1)

@@ -202,7 +202,9 @@ def write_plan(
     path: str | os.PathLike[str], plan: Plan, durable: bool, progress: Progress | None
 ) -> None:
     """Stream a plan into a new file at `path`, filling in the digests on the way."""
-    is_large = any(payload.nbytes >= BESIDE_NBYTES for payload in plan.payloads)
+    is_large = any(
+        payload.nbytes >= BESIDE_NBYTES for payload in plan.payloads if payload.make_row is None
+    )
     with (
         storage.replacing(path, nbytes=plan.nbytes, durable=durable) as file,
         _hashing_thread() if is_large else contextlib.nullcontext() as beside,
@@ -272,9 +274,10 @@ def _write_inline(
     for index, payload in enumerate(plan.payloads):
         whole.update(plan.structures[index])
         out.write(plan.structures[index])
-        if payload.hashed is not None:  # a row: the digests are in it
-            whole.update(payload.hashed)
-            _stream(payload, out, None, None)
+        if payload.make_row is not None:  # the digests are in it
+            for octets, structure in payload.make_row():
+                whole.update(structure)
+                out.write(octets)
         elif payload.is_bare:
             _stream(payload, out, beside, whole)
         else:
@@ -297,10 +300,11 @@ def _write_detached(
     for payload, place in zip(plan.payloads, plan.places, strict=True):
         gaps.append(bytes(place.offset - position))
         out.write(gaps[-1])
-        if place.digest is None:  # a row: the digests are in the document
-            _stream(payload, out, None, None)
-            gaps.append(payload.hashed)
-        else:
+        if payload.make_row is not None:  # the digests are in the document
+            for octets, gap in payload.make_row():
+                gaps.append(gap)
+                out.write(octets)
+        elif place.digest is not None:
             structure[place.digest] = _stream_hashed(payload, out, beside)
         position = place.offset + payload.nbytes
     out.flush()

@@ -369,7 +369,7 @@ def test_an_error_while_streaming_leaves_the_old_file_and_no_temporary(file, mon
 
     monkeypatch.setattr("gpustore.devices.to_host", broken)
     with pytest.raises(MemoryError):
-        gs.save(file, a=np.ones(300))
+        gs.save(file, a=np.ones(3000))
     assert file.read_bytes() == before and os.listdir(file.parent) == [file.name]
 
 
