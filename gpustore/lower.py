@@ -40,6 +40,13 @@ from gpustore.values import DataFrame, JuliaArray, JuliaDict
 _named = JuliaType.named
 _FLOAT64 = _named("Core.Float64")
 _NOTHING = _named("Core.Nothing")
+_FEW = 32  # parameters of a type that is encoded at once, not of parts
+
+
+def _is_short(julia_type: JuliaType) -> bool:
+    """Whether a type has few parameters: a Chain has one, the tuple type of all its layers."""
+    counts = [len(getattr(param, "params", ())) for param in julia_type.params]
+    return max(len(counts), *counts, 0) <= _FEW
 
 
 class Lowerer:
@@ -243,7 +250,7 @@ class Lowerer:
     def julia_type(self, container: Any, key: Any, value: Any, path: str) -> None:
         if not isinstance(value, JuliaType):
             self.put(container, key, value, path)
-        elif self.is_encoded(value) or is_plain(value):
+        elif self.is_encoded(value) or (_is_short(value) and is_plain(value)):
             container[key] = self.type(value)
         else:
             params: list[Any] = [None] * len(value.params)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpustore import devices, staging
-from gpustore.layout import SMALL_NBYTES, Payload
+from gpustore.layout import SMALL_NBYTES, TURNED_NBYTES, Payload
 
 CHUNK_NBYTES = 8 * 1024 * 1024
 _BLOCK_NBYTES = 4 * 1024 * 1024  # transposed at once
@@ -25,12 +25,14 @@ def payload_of(array: Any, dtype: np.dtype[Any], order: str) -> Payload | NDArra
 
     Nothing is copied until `chunks()` is consumed; a GPU array is then brought to the host whole,
     a host array that lies as it is to be written is not copied at all, others chunk by chunk. A
-    small array that lies so is its own payload: a C-contiguous view of it.
+    small array is its own payload: a C-contiguous view of it, a copy where that is smaller still.
     """
     if type(array) is np.ndarray and 0 < array.nbytes <= SMALL_NBYTES and dtype in _PLAIN:
         content = array.T if order == "F" else array
         if content.flags.c_contiguous:
             return content
+        if content.nbytes <= TURNED_NBYTES:
+            return np.ascontiguousarray(content)
     dtype = dtype.newbyteorder("<")
     nbytes = math.prod(int(size) for size in array.shape) * dtype.itemsize
 

@@ -137,7 +137,15 @@ def _instance_type(value: Any) -> Any:
         return JuliaType(own.path, tuple(params))
     if own is not None:
         return own
-    return _named(kind.name, *(_param(name, value) for name in kind.params))
+    given = tuple([_param(name, value) for name in kind.params])
+    are_types = all(type(param) is JuliaType for param in given)  # 1 would be taken for true
+    return _known_type(kind.name, given) if are_types else _named(kind.name, *given)
+
+
+@functools.lru_cache(1024)
+def _known_type(name: str, params: tuple[Any, ...]) -> JuliaType:
+    """Return the same object for the same type: those that write it look it up by identity."""
+    return _named(name, *params)
 
 
 def _param(name: Any, value: Any) -> Any:
