@@ -19,6 +19,7 @@ from gpustore.layout import (
     MAX_DEPTH,
     MAX_NAME_NBYTES,
     PAGE_ALIGNED_NBYTES,
+    PAGE_NBYTES,
     PAYLOAD_DIGEST,
     SLOT_NBYTES,
     STRUCTURE_DIGEST,
@@ -124,7 +125,7 @@ def _attach(document: dict[str, Any], end: int, limit: int, scanner: Scanner) ->
             elif type(data) is not Slot or data.offset < end:  # not detached
                 stack.append(iter(node.values()))
                 break
-            if data.offset < start or data.offset % 64:
+            if not start <= data.offset < start + PAGE_NBYTES or data.offset % 64:
                 raise _misplaced(scanner.name, start, data.offset)
             start = data.offset + data.nbytes
             if start > limit:
@@ -132,6 +133,11 @@ def _attach(document: dict[str, Any], end: int, limit: int, scanner: Scanner) ->
                 raise scanner.truncated(data.offset, data.nbytes, found)
         else:
             stack.pop()
+    if start != limit and start > end:
+        raise FormatError(
+            f"{scanner.name}: expected the file to end with its last array at byte {start}, found "
+            f"{limit - start} bytes more; the file is damaged"
+        )
 
 
 def _slot(data: dict[str, Any], name: str) -> Slot:

@@ -228,9 +228,9 @@ class Scanner:
                 framed = INT32.pack(end - start + 7) + b"\x04\0" + document + b"\0"
             try:
                 decoded: dict[str, Any] = bson.decode(framed)
-                is_same = len(bson.encode(decoded)) == len(framed)
+                is_same = bson.encode(decoded) == framed
             except (bson.errors.BSONError, ValueError, OverflowError, RecursionError) as error:
                 raise self.malformed(origin + start, f"PyMongo's codec says: {error}") from error
-        if not is_same:  # of a key that is given twice the codec takes the last
+        if not is_same:  # of a key given twice it takes the last, and an undefined for a null
             Scanner(source, self.name, 0, origin).document(start, end, 0, is_array)
         return decoded[""] if is_array else decoded
