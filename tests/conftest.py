@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from gpustore.testing import fake_cuda
 
+collect_ignore = ["fuzz"]  # needs atheris: `make fuzz`
 _COMMON: dict[str, Any] = {
     "deadline": None,
     "print_blob": True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import time
 import tracemalloc
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from attacks import ATTACKS
 
 import gpustore as gs
+from gpustore import listing
 
 MEMORY_FACTOR, MEMORY_NBYTES = 40, 2**20  # of the file's size, and on top
 
@@ -25,9 +27,9 @@ USES = {
     "loaded": lambda path: gs.load(path, device="cpu"),
     "verified": lambda path: gs.load(path, device="cpu", verify=True),
     "opened": lambda path: gs.open_file(path).value(),
-    "read privately": lambda path: gs.load(path, device="cpu", mmap=False),
     "asked for a": lambda path: gs.load(path, "a"),
     "called": call,
+    "shown": lambda path: listing.rendered(gs.load(path, "f")),
 }
 FUNCTIONS = Path(__file__).parent / "fixtures" / "julia" / "functions_v1.bson"
 CASES = [(name, use) for name, attack in ATTACKS.items() for use in attack.uses]
@@ -62,6 +64,32 @@ def test_an_attack_ends_in_a_typed_error_or_in_what_it_says(tmp_path, name, use)
     assert time.process_time() - begin < 20
     if use != "called":  # what code may use is limited by itself
         assert peak < MEMORY_FACTOR * path.stat().st_size + MEMORY_NBYTES
+
+
+@pytest.mark.timeout(120)
+def test_an_attack_ends_the_same_way_in_a_private_copy_and_in_inspect(tmp_path):
+    path, ways = tmp_path / "hostile.bson", [("loaded", private), ("opened", inspected)]
+    for attack in ATTACKS.values():
+        path.write_bytes(attack.make())
+        for use, act in ways:
+            errors = attack.errors if use in attack.uses else (gs.GpustoreError,)
+            if attack.errors and use in attack.uses:
+                with pytest.raises(errors):
+                    act(path)
+                continue
+            with contextlib.suppress(errors):
+                act(path)
+
+
+def private(path):
+    gs.load(path, device="cpu", mmap=False)
+
+
+def inspected(path):
+    with gs.open_file(path) as stored:
+        stored._repr_html_()
+        stored.value()
+        stored.verify()
 
 
 def test_each_attack_says_in_a_line_what_it_tries():

@@ -227,13 +227,13 @@ def alternating(run: int) -> bytes:
     )
 
 
-@attack(uses=("loaded", "opened", "read privately"))
+@attack(uses=("loaded", "opened"))
 def arrays_that_are_almost_rows():
     """Each begins a row for who looks at its head, and none does."""
     return alternating(1)
 
 
-@attack(uses=("loaded", "opened", "read privately"))
+@attack(uses=("loaded", "opened"))
 def arrays_in_rows_of_four():
     """The same where each four are a row."""
     return alternating(4)

@@ -128,6 +128,13 @@ def tuples_that_double_as_a_constant():
     return file_of(function(call("+", quoted, quoted)), *parts)
 
 
+@attack(uses=("shown",))
+def lists_that_double_as_a_constant():
+    """A value in the code that takes 2**60 parts to spell."""
+    parts = [[I(1)], *([ref(n), ref(n)] for n in range(1, 60))]
+    return file_of(function(call("sum", struct_of("Core.QuoteNode", ref(60)))), *parts)
+
+
 @attack(gs.OpaqueCodeError, uses=CALLED)
 def code_without_end():
     """One statement more than are read."""

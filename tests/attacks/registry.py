@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-READ = ("loaded", "verified", "opened", "read privately")
+READ = ("loaded", "verified", "opened")
 
 
 @dataclass(frozen=True)
