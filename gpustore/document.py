@@ -125,12 +125,14 @@ def _attach(document: dict[str, Any], end: int, limit: int, scanner: Scanner) ->
             elif type(data) is not Slot or data.offset < end:  # not detached
                 stack.append(iter(node.values()))
                 break
-            if not start <= data.offset < start + PAGE_NBYTES or data.offset % 64:
+            if data.offset < start or data.offset % 64:
                 raise _misplaced(scanner.name, start, data.offset)
-            start = data.offset + data.nbytes
-            if start > limit:
+            if data.offset + data.nbytes > limit:
                 found = max(limit - data.offset, 0)
                 raise scanner.truncated(data.offset, data.nbytes, found)
+            if data.offset >= start + PAGE_NBYTES:
+                raise _misplaced(scanner.name, start, data.offset)
+            start = data.offset + data.nbytes
         else:
             stack.pop()
     if start != limit and start > end:
@@ -149,8 +151,8 @@ def _slot(data: dict[str, Any], name: str) -> Slot:
 
 def _misplaced(name: str, start: int, found: int) -> FormatError:
     return FormatError(
-        f"{name}: expected a detached array at a multiple of 64 from byte {start} on, found one at "
-        f"{found}; the file is damaged"
+        f"{name}: expected a detached array at a multiple of 64 from byte {start} on, and within "
+        f"{PAGE_NBYTES} bytes of it, found one at {found}; the file is damaged"
     )
 
 
