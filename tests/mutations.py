@@ -31,7 +31,7 @@ INSTEAD = [
 Pick = Callable[[int], int]
 
 
-@functools.cache
+@functools.lru_cache(256)
 def decoded(octets: bytes) -> dict[str, Any]:
     return bson.decode(octets)
 
@@ -53,9 +53,13 @@ def with_other_octets(octets: bytes, pick: Pick) -> bytes:
     return bytes(changed)
 
 
-def with_other_parts(document: dict[str, Any], pick: Pick) -> dict[str, Any]:
-    """Return a copy of which up to three parts are left out, or are others, or refer to others."""
-    document = copy.deepcopy(document)
+def with_other_parts(octets: bytes, pick: Pick) -> bytes:
+    """Return a file of which up to three parts are left out, or are others, or refer to others.
+
+    Raises InvalidBSON for what the codec cannot decode: no document, or lengths of -1.
+    """
+    nbytes = int.from_bytes(octets[:4], "little")
+    document = copy.deepcopy(decoded(octets[:nbytes]))
     for _ in range(1 + pick(3)):
         nodes = containers(document)
         if not nodes:
@@ -71,7 +75,8 @@ def with_other_parts(document: dict[str, Any], pick: Pick) -> dict[str, Any]:
             node[key] = {"tag": "backref", "ref": Int64(1 + pick(40))}
         else:
             node[key] = copy.deepcopy(INSTEAD[pick(len(INSTEAD))])
-    return document
+    changed, behind = bson.encode(document), octets[nbytes:]
+    return changed.ljust(nbytes, b"\0") + behind if behind else changed
 
 
 # --- what is done with such a file: only GpustoreError may come out ---

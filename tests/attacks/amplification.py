@@ -268,7 +268,7 @@ def wide_members_of_one_hash():
     wide = type_of("Core.UInt128")
     members = [
         {"tag": "struct", "type": wide, "data": (_P * n).to_bytes(16, "little")}
-        for n in range(10_000)
+        for n in range(3_000)
     ]
     params = (type_of("Core.Any"), type_of("Core.Nothing"))
     inner = struct_of("Base.Dict", members, None, params=params)

@@ -17,7 +17,6 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 with atheris.instrument_imports(include=["gpustore"]):
-    import bson
     import mutations
     from attacks import ATTACKS
 
@@ -51,7 +50,7 @@ def changed(octets: bytes, max_size: int, seed: int) -> bytes:
     if pick(3) == 0:
         return bytes(atheris.Mutate(octets, max_size))
     try:
-        made = bson.encode(mutations.with_other_parts(bson.decode(octets), pick))
+        made = mutations.with_other_parts(octets, pick)
     except Exception:  # no document, or one that no longer can be encoded
         return bytes(atheris.Mutate(octets, max_size))
     return made if len(made) <= max_size else octets[:max_size]
