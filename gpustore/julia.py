@@ -95,11 +95,13 @@ class JuliaType(_Hashed):
     @property
     def weight(self) -> int:
         """How many types and parameters it takes to write it out, however many are shared."""
-        try:
-            return self.known_weight
-        except AttributeError:
-            object.__setattr__(self, "known_weight", 1 + sum(map(_weight, self.params)))
-            return self.known_weight
+        if not self.params:
+            return 1
+        known: int | None = getattr(self, "known_weight", None)
+        if known is None:
+            known = 1 + sum(map(_weight, self.params))
+            object.__setattr__(self, "known_weight", known)
+        return known
 
     @property
     def name(self) -> str:
@@ -145,10 +147,11 @@ def _spelled(part: Any, left: list[int]) -> str:
 
 
 def _weight(part: Any) -> int:
+    if type(part) is JuliaType:
+        return part.weight
     if isinstance(part, tuple):
         return 1 + sum(map(_weight, part))
-    kind = part.type if isinstance(part, Struct) else part
-    return kind.weight if isinstance(kind, JuliaType) else 1
+    return _weight(part.type) if isinstance(part, Struct) else 1
 
 
 def _is_equal(a: Any, b: Any) -> bool:
@@ -170,7 +173,10 @@ class Source:
         """Follow backrefs (1-based into `_backrefs`) to what they stand for."""
         if type(node) is not dict or node.get("tag") != "backref" or "ref" not in node:
             return node
-        found, chain = self.referred(node, path), []
+        found = self.referred(node, path)
+        if type(found) is not dict or found.get("tag") != "backref":
+            return found
+        chain: list[int] = []
         while type(found) is dict and found.get("tag") == "backref" and "ref" in found:
             target, number = self.referred(found, path), found["ref"]
             chain.append(number)
@@ -183,13 +189,13 @@ class Source:
     def referred(self, node: dict[str, Any], path: str) -> Any:
         """Return what one backref refers to."""
         number = node["ref"]
-        is_number = isinstance(number, int) and not isinstance(number, bool)
-        if not is_number or not 0 < number <= len(self.backrefs):
-            what = repr(number) if is_number else f"a {type(number).__name__}"
-            raise self.malformed(
-                path, f"expected a backref from 1 to {len(self.backrefs)}, found {what}"
-            )
-        return self.backrefs[number - 1]
+        is_number = isinstance(number, int) and number is not True
+        if is_number and 0 < number <= len(self.backrefs):
+            return self.backrefs[number - 1]
+        what = repr(number) if is_number else f"a {type(number).__name__}"
+        raise self.malformed(
+            path, f"expected a backref from 1 to {len(self.backrefs)}, found {what}"
+        )
 
     def malformed(self, path: str, what: str) -> FormatError:
         if len(what) > MAX_SENTENCE:

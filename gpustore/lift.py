@@ -122,10 +122,12 @@ class Lifter:
         known = self.memo.get(id(node), _UNKNOWN)
         if known is not _UNKNOWN:
             return known
+        if len(path) > tree.MAX_PATH:
+            path = tree.shortened(path)
         lift = TAGS.get(tag) if type(tag) is str else None
         if lift is None:
-            return self.mapping(node, tree.shortened(path))
-        value = self.memo[id(node)] = lift(self, node, tree.shortened(path))
+            return self.mapping(node, path)
+        value = self.memo[id(node)] = lift(self, node, path)
         return value
 
     def bytes_of(self, binary: bytes | Slot) -> bytes:
@@ -135,7 +137,7 @@ class Lifter:
         found = node.get(key)
         if type(found) is dict:
             found = self.part(found, path)
-        if type(found) not in (kind if isinstance(kind, tuple) else (kind,)):
+        if type(found) is not kind and not (isinstance(kind, tuple) and type(found) in kind):
             what = "nothing" if key not in node else type(found).__name__
             raise self.malformed(path, f"`{key}` of a {node['tag']} document is {what}")
         return found
