@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-long test-10k test-matrix test-kernels test-gpu bench bench-gpu lint docs package clean
+.PHONY: demo test test-long test-10k test-mutations test-matrix test-kernels test-gpu fuzz
+.PHONY: bench bench-gpu lint docs package clean
 
 demo: $(READY)
 	$(BIN)/python docs/demo.py
@@ -13,13 +14,31 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# what takes minutes: 300 kills while saving, an array of 4.1 GiB
+# what takes minutes: saves killed, failed and interrupted at every system call, 300 killed at random
+# times, 20,000 bit flips, an array of 4.1 GiB
 test-long: $(READY)
-	GPUSTORE_TEST_LONG=1 GPUSTORE_TEST_BIG=1 $(BIN)/python -m pytest tests/test_crash.py tests/test_layouts.py
+	GPUSTORE_TEST_LONG=1 GPUSTORE_TEST_BIG=1 $(BIN)/python -m pytest tests/test_crash.py tests/test_stopped_saves.py \
+	  tests/test_damage.py tests/test_layouts.py
 
 # the round trips with 10,000 examples in all
 test-10k: $(READY)
 	GPUSTORE_HYPOTHESIS_PROFILE=ci10k $(BIN)/python -m pytest tests/test_properties.py --timeout=1800
+
+# 10,000 mutations of the fixtures, the same ones each time
+test-mutations: $(READY)
+	GPUSTORE_HYPOTHESIS_PROFILE=mutations $(BIN)/python -m pytest tests/test_mutations.py
+
+# coverage-guided fuzzing with atheris, FUZZ_SECONDS for reading files and as many for code in them
+FUZZ_SECONDS ?= 300
+FUZZ_CORPUS ?= .fuzz
+FUZZ := .venvs/fuzz/bin/python tests/fuzz/fuzz.py
+FUZZ_LIMITS := -timeout=20 -rss_limit_mb=1024 -max_total_time=$(FUZZ_SECONDS)
+fuzz:
+	$(PYTHON) -m venv .venvs/fuzz
+	.venvs/fuzz/bin/python $(PIP) --editable '.[test]' atheris
+	mkdir -p $(FUZZ_CORPUS)/load $(FUZZ_CORPUS)/code
+	$(FUZZ) load $(FUZZ_LIMITS) -artifact_prefix=$(FUZZ_CORPUS)/load- $(FUZZ_CORPUS)/load
+	$(FUZZ) code $(FUZZ_LIMITS) -artifact_prefix=$(FUZZ_CORPUS)/code- $(FUZZ_CORPUS)/code
 
 test-matrix:
 	PYTHON=$(PYTHON) .ci/matrix
@@ -69,4 +88,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venvs build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venvs .fuzz build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

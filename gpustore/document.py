@@ -19,6 +19,7 @@ from gpustore.layout import (
     MAX_DEPTH,
     MAX_NAME_NBYTES,
     PAGE_ALIGNED_NBYTES,
+    PAGE_NBYTES,
     PAYLOAD_DIGEST,
     SLOT_NBYTES,
     STRUCTURE_DIGEST,
@@ -167,12 +168,19 @@ def _attach(document: dict[str, Any], end: int, limit: int, scanner: Scanner) ->
                 break
             if data.offset < start or data.offset % 64:
                 raise _misplaced(scanner.name, start, data.offset)
-            start = data.offset + data.nbytes
-            if start > limit:
+            if data.offset + data.nbytes > limit:
                 found = max(limit - data.offset, 0)
                 raise scanner.truncated(data.offset, data.nbytes, found)
+            if data.offset >= start + PAGE_NBYTES:
+                raise _misplaced(scanner.name, start, data.offset)
+            start = data.offset + data.nbytes
         else:
             stack.pop()
+    if start != limit and start > end:
+        raise FormatError(
+            f"{scanner.name}: expected the file to end with its last array at byte {start}, found "
+            f"{limit - start} bytes more; the file is damaged"
+        )
 
 
 def _slot(data: dict[str, Any], name: str) -> Slot:
@@ -184,6 +192,6 @@ def _slot(data: dict[str, Any], name: str) -> Slot:
 
 def _misplaced(name: str, start: int, found: int) -> FormatError:
     return FormatError(
-        f"{name}: expected a detached array at a multiple of 64 from byte {start} on, found one at "
-        f"{found}; the file is damaged"
+        f"{name}: expected a detached array at a multiple of 64 from byte {start} on, and within "
+        f"{PAGE_NBYTES} bytes of it, found one at {found}; the file is damaged"
     )

@@ -6,6 +6,7 @@ from a document, `lower.py` makes a document from them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from gpustore.errors import FormatError, OpaqueCodeError
 from gpustore.notebook import Shown
 
 PERMUTED = "Base.PermutedDimsArrays.PermutedDimsArray"  # how row-major arrays are written
+MAX_SENTENCE = 500  # characters that an error takes from a file
 LEAF = {"leaf": True}  # tree.py does not look inside fields that are marked so
 
 
@@ -57,8 +59,9 @@ class NamedTuple(Shown, dict[str, Any]):
 
 
 class _Hashed:
-    __slots__ = ("known_hash",)
+    __slots__ = ("known_hash", "known_weight")
     known_hash: int
+    known_weight: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,6 +97,17 @@ class JuliaType(_Hashed):
             return self.known_hash
 
     @property
+    def weight(self) -> int:
+        """How many types and parameters it takes to write it out, however many are shared."""
+        if not self.params:
+            return 1
+        known: int | None = getattr(self, "known_weight", None)
+        if known is None:
+            known = 1 + sum(map(_weight, self.params))
+            object.__setattr__(self, "known_weight", known)
+        return known
+
+    @property
     def name(self) -> str:
         """The dotted name; `Main.` before Core or Base, as BSON.jl writes it, is left out."""
         path = self.path
@@ -111,8 +125,37 @@ class JuliaType(_Hashed):
         )
 
     def __repr__(self) -> str:
-        params = ", ".join(map(repr, self.params))
-        return self.name + (f"{{{params}}}" if params else "")
+        return _spelled(self, [MAX_SPELLED])
+
+
+MAX_SPELLED = 500  # parameters that the spelling of one type has; backrefs make few of many
+
+
+def _spelled(part: Any, left: list[int]) -> str:
+    """Return a type or a parameter of one as text; `left[0]` more parameters are spelled."""
+    if isinstance(part, (JuliaType, tuple)):
+        inner: list[str] = []
+        for param in part.params if isinstance(part, JuliaType) else part:
+            left[0] -= 1
+            inner.append(_spelled(param, left) if left[0] >= 0 else "…")
+            if left[0] < 0:
+                break
+        text = ", ".join(inner)
+        if isinstance(part, JuliaType):
+            return part.name + (f"{{{text}}}" if inner else "")
+        return f"({text},)" if len(inner) == 1 else f"({text})"
+    if isinstance(part, Struct) and not isinstance(part.data, bytes):
+        return f"Struct({_spelled(part.type, left)}, {len(part.data)} fields)"
+    is_plain = isinstance(part, (str, int, float, bytes, type(None), np.generic, OpaqueDocument))
+    return repr(part) if is_plain else f"<{type(part).__name__}>"
+
+
+def _weight(part: Any) -> int:
+    if type(part) is JuliaType:
+        return part.weight
+    if isinstance(part, tuple):
+        return 1 + sum(map(_weight, part))
+    return _weight(part.type) if isinstance(part, Struct) else 1
 
 
 def _is_equal(a: Any, b: Any) -> bool:
@@ -128,23 +171,39 @@ class Source:
     name: str
     backrefs: list[Any]
     read: Callable[[Slot], bytes]
+    ends: dict[int, Any] = field(default_factory=dict, repr=False)  # of chains of backrefs
 
     def resolve(self, node: Any, path: str) -> Any:
         """Follow backrefs (1-based into `_backrefs`) to what they stand for."""
-        steps = 0
-        while type(node) is dict and node.get("tag") == "backref" and "ref" in node:
-            number = node["ref"]
-            if not isinstance(number, int) or not 0 < number <= len(self.backrefs):
-                raise self.malformed(
-                    path, f"expected a backref from 1 to {len(self.backrefs)}, found {number!r}"
-                )
-            steps += 1
-            if steps > len(self.backrefs):
+        if type(node) is not dict or node.get("tag") != "backref" or "ref" not in node:
+            return node
+        found = self.referred(node, path)
+        if type(found) is not dict or found.get("tag") != "backref":
+            return found
+        chain: list[int] = []
+        while type(found) is dict and found.get("tag") == "backref" and "ref" in found:
+            target, number = self.referred(found, path), found["ref"]
+            chain.append(number)
+            if len(chain) > len(self.backrefs):
                 raise self.malformed(path, "a backref refers to itself")
-            node = self.backrefs[number - 1]
-        return node
+            found = self.ends.get(number, target)
+        self.ends.update(dict.fromkeys(chain, found))  # so that a long one is followed once
+        return found
+
+    def referred(self, node: dict[str, Any], path: str) -> Any:
+        """Return what one backref refers to."""
+        number = node["ref"]
+        is_number = isinstance(number, int) and number is not True
+        if is_number and 0 < number <= len(self.backrefs):
+            return self.backrefs[number - 1]
+        what = repr(number) if is_number else f"a {type(number).__name__}"
+        raise self.malformed(
+            path, f"expected a backref from 1 to {len(self.backrefs)}, found {what}"
+        )
 
     def malformed(self, path: str, what: str) -> FormatError:
+        if len(what) > MAX_SENTENCE:
+            what = what[:MAX_SENTENCE] + "…"
         return FormatError(f"{self.name}: {path or 'the file'}: {what}; the file is damaged")
 
 
@@ -309,13 +368,14 @@ _ELEMENT_TYPES |= {
 _CARRIERS = {1: "Core.UInt8", 2: "Core.UInt16", 8: "Core.Int64"}  # by bytes of an element
 
 
+# NumPy's own parser divides by the 0 of `timedelta64[s/0]`, which ends the process
+_TIME = re.compile(r"(datetime|timedelta)64\[([1-9][0-9]{0,8})?(Y|M|W|D|h|m|s|[munpfa]s)\]")
+
+
 def extension_dtype(name: str) -> np.dtype[Any] | None:
     """Return the dtype of this name that Julia has no type for: of ml_dtypes, or a time's."""
-    if name.startswith(("datetime64[", "timedelta64[")):
-        try:
-            return np.dtype(name)
-        except TypeError:
-            return None
+    if name.startswith(("datetime64", "timedelta64")):
+        return np.dtype(name) if _TIME.fullmatch(name) else None
     import ml_dtypes
 
     scalar = getattr(ml_dtypes, name, None)

@@ -18,6 +18,7 @@ MAX_NAME_NBYTES = 64 * 1024
 MAX_DEPTH = 200
 INLINE_LIMIT = 2**31 - 1  # BSON lengths are signed 32-bit numbers
 PAGE_ALIGNED_NBYTES = 1024 * 1024  # payloads from this size on begin on a page
+PAGE_NBYTES = 4096  # between payloads there is less than that
 ROW_NBYTES = 1024 * 1024  # of small documents in a row that are handled at once
 TURNED_NBYTES = 2048  # arrays up to this size are turned into their order while a file is planned
 SMALL_NBYTES = 16 * 1024  # arrays up to this size are written in rows

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import flux, specs, twins, wrappers
+from gpustore import flux, specs, tree, twins, wrappers
 from gpustore.document import Slot, int64
 from gpustore.eras import StructKind
 from gpustore.errors import FormatError
@@ -27,11 +27,13 @@ from gpustore.julia import (
     Struct,
     Symbol,
 )
-from gpustore.tree import TrackedArray
 from gpustore.values import BARE, Entries, with_origin
 
 RESERVED = ("_backrefs", "_gpustore")
 _GPU_ARRAYS = ("CuArray", "ROCArray", "MtlArray", "oneArray")
+MAX_SHARED = 100_000
+MAX_WEIGHT = 1_000_000
+MAX_TYPE_WEIGHT = 10_000  # the largest of 193 model files has 203
 _ATOMS = frozenset((str, float, bool, type(None)))
 _UNKNOWN = object()
 _COMPOSED = ("Base.Fix1", "Base.Fix2", "Base.ComposedFunction")
@@ -65,6 +67,10 @@ class Lifter:
         self.row_major: tuple[Any, JuliaType] | None = None  # of the last such array
         self.dtypes: dict[str, np.dtype[Any]] = {}  # of element types without parameters
         self.int64 = int64()
+        self.shared = 0  # elements and bytes of lists and binaries that are parts of several values
+        self.parts: set[int] = set()  # ids of those that `once` was asked about
+        self.parents: dict[int, Any] = {}  # id of an array document -> it in row-major order
+        self.weights: dict[int, tuple[int, Any]] = {}  # of tuples that hold tuples
         self.has_lost = False  # whether a LostArray was made
         self.spelling: set[str] = set()  # of Core and Base, those that the file calls Main's
 
@@ -83,7 +89,7 @@ class Lifter:
             return np.int32(node)
         if isinstance(node, int):
             return int(node)
-        if isinstance(node, (bytes, Slot)):
+        if kind is bytes or kind is Slot:
             spec = ArraySpec(np.dtype("u1"), (specs.nbytes_of(node),), "F", "cpu", node, None)
             return with_origin(self.make_array(spec, path), BARE)
         if kind.__name__ == "DBRef":  # how the codec gives a document that has the key `$ref`
@@ -99,6 +105,7 @@ class Lifter:
             return known
         values: list[Any] = []
         self.memo[id(node)] = values
+        path = tree.shortened(path)
         specs.lift_rows(self, node)
         for i, child in enumerate(node):
             is_atom = type(child) in _ATOMS
@@ -119,6 +126,8 @@ class Lifter:
         known = self.memo.get(id(node), _UNKNOWN)
         if known is not _UNKNOWN:
             return known
+        if len(path) > tree.MAX_PATH:
+            path = tree.shortened(path)
         lift = TAGS.get(tag) if type(tag) is str else None
         if lift is None:
             return self.mapping(node, path)
@@ -131,11 +140,29 @@ class Lifter:
     def field(self, node: dict[str, Any], key: str, kind: type | tuple[Any, ...], path: str) -> Any:
         found = node.get(key)
         if type(found) is dict:
-            found = self.resolve(found, path)
-        if not isinstance(found, kind):
+            found = self.part(found, path)
+        if type(found) is not kind and not (isinstance(kind, tuple) and type(found) in kind):
             what = "nothing" if key not in node else type(found).__name__
             raise self.malformed(path, f"`{key}` of a {node['tag']} document is {what}")
         return found
+
+    def part(self, node: Any, path: str) -> Any:
+        """Return what a node stands for; lists and binaries that several values share are counted.
+
+        Else few bytes could stand for many: BSON.jl never shares the list of a struct's fields.
+        """
+        found = self.resolve(node, path)
+        if found is not node and not isinstance(found, dict):
+            self.count_shared(found, path)
+        return found
+
+    def count_shared(self, found: Any, path: str) -> None:
+        sized = isinstance(found, (list, str, bytes, Slot))
+        self.shared += specs.nbytes_of(found) if sized else 0
+        if self.shared > MAX_SHARED:
+            raise self.malformed(
+                path, f"values share parts of more than {MAX_SHARED} elements or bytes in all"
+            )
 
     def mapping(self, node: dict[str, Any], path: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -169,7 +196,14 @@ class Lifter:
 
     def tuple_of(self, node: dict[str, Any], path: str) -> tuple[Any, ...]:
         parts = self.field(node, "data", list, path)
-        return tuple(self.value(child, f"{path}[{i}]") for i, child in enumerate(parts))
+        made = tuple(self.value(child, f"{path}[{i}]") for i, child in enumerate(parts))
+        inner = [part for part in made if type(part) is tuple]
+        if inner:  # hashing and comparing go through all of it, however much is shared
+            weight = len(made) + sum(self.weights.get(id(part), (len(part),))[0] for part in inner)
+            if weight > MAX_WEIGHT:
+                raise self.malformed(path, f"a tuple of tuples has more than {MAX_WEIGHT} parts")
+            self.weights[id(made)] = weight, made
+        return made
 
     def opaque(self, node: dict[str, Any], path: str) -> OpaqueDocument:
         return OpaqueDocument(node, self.source)
@@ -186,10 +220,11 @@ class Lifter:
         params = node.get("params")
         if params == [] or "params" not in node:
             return plain
-        lifted = self.type_params(params, path)
-        return (
-            OpaqueDocument(node, self.source) if lifted is None else JuliaType(plain.path, lifted)
-        )
+        lifted = self.type_params(self.part(params, path), path)
+        made = None if lifted is None else JuliaType(plain.path, lifted)
+        if made is None or made.weight > MAX_TYPE_WEIGHT:  # it is kept as it came
+            return OpaqueDocument(node, self.source)
+        return made
 
     def plain_type(self, names: Any, path: str) -> JuliaType:
         """Return the type of this name without parameters; each is made once."""
@@ -248,7 +283,8 @@ class Lifter:
         if isinstance(julia_type, OpaqueDocument) and julia_type.document["tag"] == "jl_anonymous":
             return self.function(node, julia_type, content, path)
         if not isinstance(julia_type, (JuliaType, OpaqueDocument)):
-            raise self.malformed(path, f"the type of a struct document is {julia_type!r}")
+            what = type(julia_type).__name__
+            raise self.malformed(path, f"the type of a struct document is a {what}")
         if isinstance(content, (bytes, Slot)):
             dtype = specs.dtype_at(self, node, julia_type, path)
             return _primitive(julia_type, dtype, self.bytes_of(content))
@@ -318,7 +354,7 @@ class Lifter:
             with contextlib.suppress(AttributeError):  # a class with slots of its own
                 object.__setattr__(made, "julia_type", julia_type)
                 object.__setattr__(made, "julia_kind", kind)
-        if kind.cls is TrackedArray and len(content) == 2:
+        if kind.cls is tree.TrackedArray and len(content) == 2:
             made.grad = None  # it was never set in Julia
         return made
 
@@ -358,7 +394,9 @@ class Lifter:
         if whole is None:
             return NotImplemented
         self.row_major = node["type"], julia_type
-        return self.make_array(whole, path)
+        if id(parent) not in self.parents:  # all that turn one parent are its memory, as in Julia
+            self.parents[id(parent)] = self.make_array(whole, path)
+        return self.parents[id(parent)]
 
     def wrapped(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
         """Lift the `Base.Some` in which `save` puts a value that no document can be."""

@@ -6,6 +6,7 @@ their keywords, captured variables by name; what remains are lines, numbered whe
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +26,7 @@ from gpustore.code import (
     read_code,
 )
 from gpustore.errors import OpaqueCodeError
-from gpustore.julia import JuliaType, OpaqueDocument, OpaqueFunction, Symbol
+from gpustore.julia import JuliaType, OpaqueDocument, OpaqueFunction, Struct, Symbol
 from gpustore.notebook import printable
 
 MAX_LINES = 200
@@ -33,6 +34,8 @@ _MAX_INLINE = 20  # levels of nesting within a line
 _MAX_REACH = 200  # statements between a value and where it is shown
 _MAX_TEXT = 2000  # characters of a line
 _MAX_STRING = 80  # characters of a string in the code
+_MAX_PARTS = 20  # of a tuple in the code, and
+_MAX_NESTED = 3  # levels of tuples within it
 _PRECEDENCE = {
     **dict.fromkeys(("==", "!=", "<", "<=", ">", ">=", "===", "!==", "≈", "∈"), 1),
     "=>": 0, "|>": 2, ":": 2, "+": 3, "-": 3, "|": 3, "*": 4, "/": 4, "÷": 4, "%": 4, "&": 4,
@@ -364,7 +367,7 @@ def _val(exponent: Any) -> Any:
     return exponent
 
 
-def _literal(value: Any) -> str:
+def _literal(value: Any, depth: int = 0) -> str:
     match value:
         case None:
             return "nothing"
@@ -375,8 +378,14 @@ def _literal(value: Any) -> str:
         case str():
             shown = value if len(value) <= _MAX_STRING else value[:_MAX_STRING] + "..."
             return '"' + printable(shown).replace('"', '\\"') + '"'
-        case tuple():
-            return f"({', '.join(map(_literal, value))}{',' * (len(value) == 1)})"
+        case tuple() | list():
+            count = min(len(value), _MAX_PARTS) if depth < _MAX_NESTED else 0
+            parts = [_literal(part, depth + 1) for part in value[:count]]
+            parts += ["..."] * (count < len(value))
+            text = ", ".join(parts) + "," * (len(value) == 1 and isinstance(value, tuple))
+            return f"({text})" if isinstance(value, tuple) else f"[{text}]"
+        case dict() | set() | frozenset():  # Python would spell all that they hold
+            return f"{type(value).__name__}(...)"
         case Module(path):
             return printable(path)
         case JuliaType():
@@ -384,8 +393,10 @@ def _literal(value: Any) -> str:
     if isinstance(value, np.float32):
         text = str(value)
         return text.replace("e", "f") if "e" in text else text + "f0"
-    text = printable(str(getattr(value, "__name__", None) or value))
-    return text if len(text) <= _MAX_STRING else text[:_MAX_STRING] + "..."
+    if dataclasses.is_dataclass(value) and not isinstance(value, (Struct, OpaqueFunction)):
+        return f"{type(value).__name__}(...)"
+    text = str(getattr(value, "__name__", None) or value)
+    return printable(text if len(text) <= _MAX_STRING else text[:_MAX_STRING] + "...")
 
 
 def _unique(names: tuple[str, ...]) -> dict[int, str]:

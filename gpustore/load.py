@@ -170,10 +170,10 @@ def _refuse_lost(root: Any, names: tuple[str, ...], path: str) -> None:
 
 def _checker(file: MappedFile, report: Report) -> Check:
     """Return what raises IntegrityError for a damaged file; at once where its structure is."""
-    digests = Digests(file)
+    digests, path_at = Digests(file), _namer(file)
 
     def check(checked: Container[int]) -> None:
-        damaged = digests.damaged(lambda offset: _path_at(file, offset), report, checked)
+        damaged = digests.damaged(path_at, report, checked)
         if damaged:
             raise IntegrityError(
                 f"{file.path}: the digest differs for {', '.join(damaged[:20])}; the file was "
@@ -185,14 +185,21 @@ def _checker(file: MappedFile, report: Report) -> Check:
     return check
 
 
-def _path_at(file: MappedFile, offset: int) -> str:
-    """Return the path of the array whose payload begins at `offset`, or words for it."""
-    content = document.scan(file.buffer, name=file.path, slot_nbytes=0)
-    with contextlib.suppress(FormatError):
-        for entry in _list_arrays(file, content):
-            if entry.offset == offset:
-                return entry.path
-    return f"the array at byte {offset}"
+def _namer(file: MappedFile) -> Callable[[int], str]:
+    """Return what names the array whose payload begins at an offset; the file is read once."""
+    paths: dict[int, str] = {}
+    is_read = False
+
+    def path_at(offset: int) -> str:
+        nonlocal is_read
+        if not is_read:
+            is_read = True
+            content = document.scan(file.buffer, name=file.path, slot_nbytes=0)
+            with contextlib.suppress(FormatError):
+                paths.update((entry.offset, entry.path) for entry in _list_arrays(file, content))
+        return paths.get(offset, f"the array at byte {offset}")
+
+    return path_at
 
 
 # --- lazy reading -----------------------------------------------------------------------------
@@ -374,7 +381,7 @@ class StoredFile(Mapping[str, Any]):
 
         It raises nothing for a damaged file; `damaged` of what it returns names the parts.
         """
-        return verify_file(self._file, progress, lambda offset: _path_at(self._file, offset))
+        return verify_file(self._file, progress, _namer(self._file))
 
 
 def open_file(path: str | os.PathLike[str]) -> StoredFile:

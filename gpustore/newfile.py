@@ -221,4 +221,5 @@ def direct_writer(path: str, plain: int, nbytes: int) -> Iterator[DirectWriter |
         with ThreadPoolExecutor(_THREADS, "gpustore-writing") as threads:
             yield DirectWriter(descriptor, plain, threads)
     finally:
-        os.close(descriptor)
+        with contextlib.suppress(OSError):  # synced through the plain one
+            os.close(descriptor)

@@ -106,11 +106,8 @@ def read(
         varied = slice(stop - len(DETACHED_TAIL) - 8, stop - len(DETACHED_TAIL))
     count = min(limit - start, ROW_NBYTES) // pitch
     matrix = np.frombuffer(buffer, np.uint8, count * pitch, start).reshape(count, pitch)
-    is_alike = (matrix[:, name] != 0).all(1)
     fixed = [slice(0, 1), slice(name.stop, varied.start), slice(varied.stop, digests.start)]
-    for columns in (*fixed, slice(digests.stop, pitch)):
-        is_alike &= (matrix[:, columns] == matrix[0, columns]).all(1)
-    count = count if is_alike.all() else int(is_alike.argmin())
+    count = _alike(matrix, name, [*fixed, slice(digests.stop, pitch)])
     if count < FEWEST:
         return None
     try:
@@ -136,6 +133,23 @@ def read(
     if inner is not first:
         nodes = [{**first, "data": [node]} for node in nodes]
     return Row(names, nodes, offsets.stop, placed)
+
+
+def _alike(matrix: Any, name: slice, fixed: list[slice]) -> int:
+    """Return how many rows have a whole name and the `fixed` columns of the first one.
+
+    They are looked at in ever larger parts, so that a short row costs little.
+    """
+    done, part = 0, FEWEST
+    while done < len(matrix):
+        rows = matrix[done : done + part]
+        is_alike = (rows[:, name] != 0).all(1)
+        for columns in fixed:
+            is_alike &= (rows[:, columns] == matrix[0, columns]).all(1)
+        if not is_alike.all():
+            return done + int(is_alike.argmin())
+        done, part = done + len(rows), 4 * part
+    return done
 
 
 def _is_placed_well(places: Any, nbytes: Any, offset: Any) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 from typing import Any, cast
 
+import numpy as np
+
 from gpustore import rows
 from gpustore.encoder import int64
 from gpustore.errors import FormatError, TruncatedFileError
@@ -24,6 +26,19 @@ _MANY = 256  # elements, for which reading them in rows is faster
 
 def _twice(keys: list[str]) -> str:
     return collections.Counter(keys).most_common(1)[0][0]
+
+
+def _is_same(octets: Any, again: bytes) -> bool:
+    """Whether a document is what its decoded values are encoded to, but for the keys of arrays.
+
+    The codec gives None and str for MongoDB's undefined (6) and symbol (14), which it encodes to
+    as many bytes.
+    """
+    if octets == again or len(octets) != len(again):
+        return len(octets) == len(again)
+    found = np.frombuffer(octets, np.uint8)
+    differing = found[found != np.frombuffer(again, np.uint8)]
+    return not ((differing == 6) | (differing == 14)).any()
 
 
 class Scanner:
@@ -251,15 +266,15 @@ class Scanner:
         import bson
 
         source = self.buffer if buffer is None else buffer
-        with memoryview(source)[start:end] as document:
-            try:  # an array as a document: its names need not be numbers from 0 on
-                decoded: dict[str, Any] = bson.decode(document)
-                is_same = len(bson.encode(decoded)) == end - start
-            except (bson.errors.BSONError, ValueError, OverflowError, RecursionError) as error:
-                raise self.malformed(origin + start, f"PyMongo's codec says: {error}") from error
-        if not is_same:  # of a key that is given twice the codec takes the last
+        octets = bytes(source[start:end])
+        try:  # an array as a document: its names need not be numbers from 0 on
+            decoded: dict[str, Any] = bson.decode(octets)
+            is_same = _is_same(octets, bson.encode(decoded))
+        except (bson.errors.BSONError, ValueError, OverflowError, RecursionError) as error:
+            raise self.malformed(origin + start, f"PyMongo's codec says: {error}") from error
+        if not is_same:  # of a key given twice it takes the last, and an undefined for a null
             Scanner(source, self.name, 0, origin).document(start, end, 0, is_array)
             if is_array:  # whose names BSON.jl ignores
-                framed = INT32.pack(end - start + 7) + b"\x04\0" + source[start:end] + b"\0"
+                framed = INT32.pack(end - start + 7) + b"\x04\0" + octets + b"\0"
                 return cast("list[Any]", bson.decode(framed)[""])
         return list(decoded.values()) if is_array else decoded

@@ -72,13 +72,17 @@ def array_spec(lifter: Any, node: dict[str, Any], path: str) -> ArraySpec | Juli
     shape = shape_of(lifter, node, path)
     element_type = lifter.type_in(node, path)
     if not isinstance(element_type, (JuliaType, OpaqueDocument, Struct)):
-        raise lifter.malformed(path, f"the element type of an array is {element_type!r}")
+        what = type(element_type).__name__
+        raise lifter.malformed(path, f"the element type of an array is a {what}")
     payload = lifter.field(node, "data", (bytes, Slot, list), path)
     dtype = dtype_at(lifter, node, element_type, path)
     kind = element_type if isinstance(element_type, JuliaType) else None
     if dtype is not None and "dtype" not in node and kind is not None and not kind.params:
         lifter.dtypes["\0".join(kind.path)] = dtype
     if dtype is None or isinstance(payload, list):
+        count, found = math.prod(shape), nbytes_of(payload)
+        if count != found if isinstance(payload, list) else found % count if count else found:
+            raise lifter.malformed(path, f"{found} elements or bytes do not fill {shape}")
         if isinstance(payload, list):
             array = lifter.memo[id(node)] = JuliaArray(element_type, shape, [])
             array.data = lifter.elements(payload, path)
@@ -93,7 +97,7 @@ def array_spec(lifter: Any, node: dict[str, Any], path: str) -> ArraySpec | Juli
     if not isinstance(device, str) or not _DEVICE_TAG.fullmatch(device):
         raise lifter.malformed(path, f"expected a device tag `cuda:<n>`, found {device!r}")
     if digest is not None:
-        if not isinstance(digest, (bytes, Slot)) or nbytes_of(digest) != DIGEST_NBYTES:
+        if type(digest) not in (bytes, Slot) or nbytes_of(digest) != DIGEST_NBYTES:
             raise lifter.malformed(path, f"the digest is not of {DIGEST_NBYTES} bytes")
         digest = lifter.bytes_of(digest)
     return ArraySpec(dtype, shape, "F", device, payload, digest)

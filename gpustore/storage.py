@@ -202,7 +202,7 @@ def replacing(
         with contextlib.ExitStack() as held:
             with _created(temporary, target, mode) as descriptor:
                 if os.name == "posix":  # keeps the lock until the file has its name
-                    held.callback(os.close, os.dup(descriptor))
+                    held.callback(_let_go, os.dup(descriptor))
                 past = direct_writer(temporary, descriptor, nbytes if durable else 0)
                 with past as writer:
                     file = NewFile(descriptor, nbytes, target, writer)
@@ -334,4 +334,10 @@ def _sync_folder(folder: str) -> None:
             sentence = f"{error.strerror}; the new file is in place, but may not outlast a crash"
             raise OSError(error.errno, sentence, folder) from error
     finally:
+        _let_go(descriptor)
+
+
+def _let_go(descriptor: int) -> None:
+    """Close what nothing was written through since it was closed or synced."""
+    with contextlib.suppress(OSError):
         os.close(descriptor)

@@ -19,6 +19,13 @@ import numpy as np
 from gpustore import devices, kernels
 from gpustore.errors import MismatchError
 
+MAX_PATH = 1000  # characters of a path below which no more are added
+
+
+def shortened(path: str) -> str:
+    """Return a path as it is, or the start of one so long that many of them would fill memory."""
+    return path if len(path) <= MAX_PATH else path[:MAX_PATH] + "…"
+
 
 @dataclass(slots=True, eq=False)
 class TrackedArray:
@@ -138,6 +145,7 @@ def walk(
                 continue
             seen.add(id(node))
         yield path, node
+        path = shortened(path)
         stack.extend((path + suffix, child) for suffix, child in reversed(below))
 
 

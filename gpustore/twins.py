@@ -6,8 +6,10 @@ be written back as that document: it then stays a `Struct`. `lower_*` write the 
 
 from __future__ import annotations
 
+import collections
 import datetime
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,7 @@ _NOTHING = _named("Core.Nothing")
 _FLOAT64 = _named("Core.Float64")
 DICT = _named("Base.Dict", _ANY, _ANY)
 SET = _named("Base.Set", _ANY)
+_MAX_OF_ONE_HASH = 100
 _UNIX_EPOCH_DAYS = 719163  # 1970-01-01 in days from 0000-12-31, where Julia's dates begin
 _DAY_MILLISECONDS = 86_400_000
 RESERVED_TAGS = frozenset(
@@ -64,8 +67,7 @@ def lift_dict(lifter: Any, node: Any, julia_type: Any, content: Any, path: str) 
     """Lift [keys, values]; either is an array document where its type is a bits type."""
     if len(content) != 2 or len(julia_type.params) != 2:
         return NotImplemented
-    raw_keys = lifter.resolve(content[0], path)
-    raw_values = lifter.resolve(content[1], path)
+    raw_keys, raw_values = (_once(lifter, part, path) for part in content)
     is_plain = DICT.is_same(julia_type) and type(raw_keys) is type(raw_values) is list
     if is_plain and all(type(key) is str for key in raw_keys):
         is_plain = not is_document(dict(zip(raw_keys, raw_values, strict=False)))
@@ -76,6 +78,8 @@ def lift_dict(lifter: Any, node: Any, julia_type: Any, content: Any, path: str) 
     if keys is None or found is None or len(keys) != len(found):
         return NotImplemented
     try:
+        if not _are_told_apart(keys):
+            return NotImplemented
         values.update(zip(keys, found, strict=True))
     except TypeError:  # a key that Python cannot hash
         return NotImplemented
@@ -84,6 +88,25 @@ def lift_dict(lifter: Any, node: Any, julia_type: Any, content: Any, path: str) 
     if isinstance(values, JuliaDict):
         values.julia_type = julia_type
     return values
+
+
+def _once(lifter: Any, node: Any, path: str) -> Any:
+    """Return what a node stands for; one of which several values are made is counted each time."""
+    found = lifter.resolve(node, path)
+    payload = found.get("data") if isinstance(found, dict) else found
+    if id(found) in lifter.parts:
+        lifter.count_shared(lifter.resolve(payload, path), path)
+    lifter.parts.add(id(found))
+    return found
+
+
+def _are_told_apart(keys: Collection[Any]) -> bool:
+    """Whether few have the same hash: who chooses numbers can choose Python's hashes of them.
+
+    A dict takes the square of the number of those that have one hash.
+    """
+    most = collections.Counter(map(hash, keys)).most_common(1)
+    return not most or most[0][1] <= _MAX_OF_ONE_HASH
 
 
 def _lift_members(lifter: Any, node: Any, element_type: Any, path: str) -> list[Any] | None:
@@ -145,8 +168,11 @@ def lift_set(lifter: Any, node: Any, julia_type: Any, content: Any, path: str) -
     known = lifter.memo.get(~id(inner))  # Julia's Set is nothing but its dictionary: one, one set
     if known is not None:
         return known
+    _once(lifter, fields[0], path)
     members = _lift_members(lifter, fields[0], julia_type.params[0], path)
     try:
+        if not _are_told_apart(members or ()):
+            return NotImplemented
         made = JuliaSet(members or ())
     except TypeError:
         return NotImplemented
@@ -168,7 +194,8 @@ def _inner_type(julia_type: JuliaType) -> JuliaType:
 def lower_set(lowerer: Any, container: Any, key: Any, value: Any, path: str) -> None:
     julia_type = getattr(value, "julia_type", SET)
     order = [member for member in getattr(value, "order", ()) if member in value]
-    members = order + [member for member in value if member not in set(order)]
+    known = set(order)
+    members = order + [member for member in value if member not in known]
     paths = [f"{path}, member {member!r}" for member in members]
     node: dict[str, Any] = {"tag": "struct", "type": None, "data": []}
     lowerer.place(container, key, value, node)
@@ -353,7 +380,7 @@ def lower_range(lowerer: Any, value: range, path: str) -> Any:
 
 def lift_bit_array(lifter: Any, node: Any, julia_type: Any, content: Any, path: str) -> Any:
     """Lift [chunks, len, dims] as a boolean array; the dims of a BitVector are meaningless."""
-    chunks = lifter.resolve(content[0], path) if len(content) == 3 else None
+    chunks = _once(lifter, content[0], path) if len(content) == 3 else None
     if not isinstance(chunks, dict) or chunks.get("tag") != "array" or len(julia_type.params) != 1:
         return NotImplemented
     spec = specs.array_spec(lifter, chunks, path)
@@ -363,7 +390,8 @@ def lift_bit_array(lifter: Any, node: Any, julia_type: Any, content: Any, path: 
     shape = (length,) if len(dims) == 1 else dims
     if not all(type(n) is int and 0 <= n < 2**62 for n in (length, *shape)):
         return NotImplemented
-    if -(-length // 64) != spec.nbytes // 8 or np.prod(shape, dtype=object) != length:
+    is_filled = -(-length // 64) == spec.nbytes // 8 and math.prod(shape) == length
+    if not is_filled or math.prod(size for size in shape if size) >= 2**62:
         raise lifter.malformed(path, f"a BitArray of shape {shape} has {spec.nbytes} bytes of bits")
     words = np.frombuffer(lifter.bytes_of(spec.payload), np.uint64)
     return with_origin(bits_of(words, shape), Struct(julia_type, [length, dims]))

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 import gpustore as gs
 from gpustore.testing import fake_cuda
 
+collect_ignore = ["fuzz"]  # needs atheris: `make fuzz`
 _COMMON: dict[str, Any] = {
     "deadline": None,
     "print_blob": True,
@@ -22,6 +23,9 @@ _COMMON: dict[str, Any] = {
 settings.register_profile("quick", max_examples=25, **_COMMON)
 settings.register_profile("default", max_examples=150, **_COMMON)
 settings.register_profile("ci10k", max_examples=1700, **_COMMON)
+settings.register_profile(
+    "mutations", max_examples=10_000, derandomize=True, database=None, **_COMMON
+)
 settings.load_profile(os.environ.get("GPUSTORE_HYPOTHESIS_PROFILE", "default"))
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ for version in itertools.count(int(sys.argv[2])):
     model = {"version": version, "large": np.full(2**19, version, "f4"), "small": [1] * 99}
     layout = ["inline", "detached"][version % 3 == 0]
     gs.save(sys.argv[1], model, durable=version % 2 == 0, layout=layout)
+    print("saved", flush=True)
 """
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL here")
@@ -103,17 +105,17 @@ def test_of_two_processes_that_save_one_path_one_wins_whole(tmp_path):
     path = tmp_path / "model.bson"
     arguments = [sys.executable, "-c", SAVER, str(path)]
     savers = [
-        subprocess.Popen([*arguments, start], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen([*arguments, start], stdout=subprocess.PIPE, text=True)
         for start in ("1", "1000000")
     ]
-    while not path.exists():  # on a busy machine Python alone takes longer than what follows
-        assert all(saver.poll() is None for saver in savers)
-        time.sleep(0.01)
-    time.sleep(0.7)
-    for saver in savers:
-        assert saver.poll() is None, saver.stderr.read()
-        saver.kill()
-        saver.communicate()
+    try:
+        for _ in range(5):  # each has saved while the other did
+            for saver in savers:
+                assert saver.stdout.readline() in ("ready\n", "saved\n")
+    finally:
+        for saver in savers:
+            saver.kill()
+            saver.communicate()
     found = gs.load(path, verify=True)
     assert (found["large"] == np.float32(found["version"])).all()
     gs.save(path, a=1)
@@ -141,6 +143,68 @@ def test_of_many_threads_that_save_one_path_one_wins_whole(tmp_path):
     assert (found["a"] == found["n"]).all() and not temporaries(tmp_path)
 
 
+def test_many_threads_save_models_of_their_own_at_once(tmp_path):
+    failed = []
+
+    def save_and_load(n):
+        try:
+            model = {"n": n, "large": np.full(2**19, n, "f4"), "cycle": [n]}
+            model["cycle"].append(model["cycle"])
+            for layout in ("inline", "detached") * 3:
+                gs.save(tmp_path / f"{n}.bson", model, layout=layout, durable=False)
+                found = gs.load(tmp_path / f"{n}.bson", verify=True)
+                assert found["n"] == n and (found["large"] == n).all()
+                assert found["cycle"][1] is found["cycle"]
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=save_and_load, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and len(os.listdir(tmp_path)) == 8
+
+
+def test_one_handle_serves_many_threads_in_all_its_ways(tmp_path):
+    path, failed = tmp_path / "model.bson", []
+    gs.save(path, {f"a{n}": np.full(2**15, n) for n in range(8)}, code=gs.relu)
+    with gs.open_file(path) as stored:
+
+        def use(n):
+            try:
+                for _ in range(10):
+                    assert (stored[f"a{n}"] == n).all() and stored["code"] is gs.relu
+                    assert (stored.read(f"a{n}", region=slice(5)) == n).all()
+                    assert len(stored) == 9 and stored.verify() and len(stored.value()) == 9
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=use, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failed
+
+
+def test_many_threads_call_one_function_of_a_file(tmp_path):
+    folder = Path(__file__).parent / "fixtures"
+    function = gs.load(folder / "code_julia15.bson")["functions"]["reshape_rest"]
+    found = []
+
+    def call(n):
+        array = np.full((2, 3, n), n, "f4")
+        found.append(all((function(array) == n).all() for _ in range(50)))
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 8
+
+
 def test_many_threads_load_and_verify_one_file(tmp_path):
     path = tmp_path / "model.bson"
     gs.save(path, {f"a{n}": np.full(2**15, n) for n in range(16)})
@@ -157,38 +221,3 @@ def test_many_threads_load_and_verify_one_file(tmp_path):
         for thread in threads:
             thread.join()
     assert found == [True] * 16
-
-
-FLIPS = 10_000 if "GPUSTORE_TEST_LONG" in os.environ else 300
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("layout", ["inline", "detached"])
-def test_a_random_bit_flip_is_found_or_changes_nothing_that_is_read(tmp_path, layout):
-    path, chance = tmp_path / "model.bson", random.Random(1)
-    rng = np.random.default_rng(0)
-    model = gs.Chain(gs.Dense(64, 300, rng=rng), gs.Dense(300, 300, rng=rng))
-    gs.save(path, model=model, rows=[np.full(9, n) for n in range(40)], layout=layout)
-    good, expected = path.read_bytes(), repr(gs.load(path, "rows"))
-    weights = [array.tobytes() for array in gs.params(gs.load(path, "model"))]
-    for _ in range(FLIPS):
-        bad = bytearray(good)
-        bad[chance.randrange(len(bad))] ^= 1 << chance.randrange(8)
-        path.write_bytes(bad)
-        try:
-            found = gs.load(path, verify=True)
-        except gs.GpustoreError:
-            continue
-        assert repr(found["rows"]) == expected
-        assert [array.tobytes() for array in gs.params(found["model"])] == weights
-
-
-@pytest.mark.parametrize("layout", ["inline", "detached"])
-def test_a_file_cut_anywhere_is_refused(tmp_path, layout):
-    path = tmp_path / "model.bson"
-    gs.save(path, a=np.arange(30), b=[np.full(3, n) for n in range(9)], layout=layout)
-    whole = path.read_bytes()
-    for nbytes in range(0, len(whole), 1 if len(whole) < 10_000 else 7):
-        path.write_bytes(whole[:nbytes])
-        with pytest.raises(gs.FormatError):
-            gs.load(path)
