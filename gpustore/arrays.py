@@ -12,7 +12,8 @@ import numpy as np
 
 from gpustore import rows, twins
 from gpustore.document import Payload
-from gpustore.julia import PERMUTED, JuliaType, Struct, element_type_of, is_of_both_orders
+from gpustore.dtypes import element_type_of
+from gpustore.julia import PERMUTED, JuliaType, Struct, is_of_both_orders
 from gpustore.typeof import array_type, numpy_dtype
 from gpustore.values import Origin, origin_of
 

@@ -384,20 +384,6 @@ class Lifter:
         self.has_lost = True
         return LostArray(julia_type, shape, Struct(julia_type, fields))
 
-    def permuted(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
-        """Lift a PermutedDimsArray that reverses its parent's dimensions: a row-major array."""
-        parent = self.resolve(content[0], path) if len(content) == 1 else None
-        if not isinstance(parent, dict) or parent.get("tag") != "array":
-            return NotImplemented
-        spec = specs.array_spec(self, parent, path)
-        whole = specs.row_major_spec(julia_type, spec) if isinstance(spec, ArraySpec) else None
-        if whole is None:
-            return NotImplemented
-        self.row_major = node["type"], julia_type
-        if id(parent) not in self.parents:  # all that turn one parent are its memory, as in Julia
-            self.parents[id(parent)] = self.make_array(whole, path)
-        return self.parents[id(parent)]
-
     def wrapped(self, node: Any, julia_type: Any, content: Any, path: str) -> Any:
         """Lift the `Base.Some` in which `save` puts a value that no document can be."""
         if node.get("python") == "value" and len(content) == 1:
@@ -415,7 +401,7 @@ TAGS: dict[str, Callable[[Lifter, dict[str, Any], str], Any]] = {
 }
 _BUILDERS: dict[str, Callable[..., Any]] = {
     **twins.LIFT,
-    PERMUTED: Lifter.permuted,
+    PERMUTED: specs.lift_row_major,
     "Base.Some": Lifter.wrapped,
 }
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpustore import arrays, devices, document, flux, twins
+from gpustore import arrays, devices, dictionaries, document, flux, twins
 from gpustore.document import Encoded, Payload, Slot
+from gpustore.dtypes import element_type_of
 from gpustore.errors import UnsupportedValueError
 from gpustore.julia import (
     JuliaType,
@@ -23,7 +24,6 @@ from gpustore.julia import (
     OpaqueFunction,
     Struct,
     Symbol,
-    element_type_of,
 )
 from gpustore.tree import TrackedArray
 from gpustore.typeof import (
@@ -139,7 +139,7 @@ class Lowerer:
         elif isinstance(value, np.generic) and not isinstance(value, (str, bytes)):
             container[key] = self.scalar(value, path)
         elif isinstance(value, (set, frozenset)):
-            twins.lower_set(self, container, key, value, path)
+            dictionaries.lower_set(self, container, key, value, path)
         elif type(value) is tuple:
             self.tuple_of(container, key, value, path)
         elif isinstance(value, _BUILT_IN) and flux.field_names(type(value)) is None:
@@ -273,12 +273,12 @@ class Lowerer:
         if isinstance(value, NamedTuple):
             self.named_tuple(container, key, value, path)
         elif isinstance(value, DataFrame):
-            twins.lower_data_frame(self, container, key, value, path)
-        elif not isinstance(value, JuliaDict) and twins.is_document(value):
+            dictionaries.lower_data_frame(self, container, key, value, path)
+        elif not isinstance(value, JuliaDict) and dictionaries.is_document(value):
             node = self.place(container, key, value, {})
             self.put_named(node, value, path, lambda name: f"{path}[{name!r}]")
         else:
-            twins.lower_dict(self, container, key, value, path)
+            dictionaries.lower_dict(self, container, key, value, path)
 
     def named_tuple(self, container: Any, key: Any, value: dict[str, Any], path: str) -> None:
         node = {"tag": "struct", "type": None, "data": [None] * len(value)}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from gpustore import devices, document, ring, storage, transfer, tree
+from gpustore.dictionaries import is_document
 from gpustore.digest import hasher
 from gpustore.document import PAYLOAD_DIGEST, STRUCTURE_DIGEST, Payload, Plan, Slot
 from gpustore.errors import UnsupportedValueError
@@ -20,7 +21,6 @@ from gpustore.flux import in_layout, kind_of
 from gpustore.julia import JuliaType
 from gpustore.lower import Lowerer
 from gpustore.newfile import NewFile
-from gpustore.twins import is_document
 from gpustore.typeof import numpy_dtype
 from gpustore.values import Entries
 from gpustore.version import __version__

@@ -13,21 +13,23 @@ import numpy as np
 from gpustore import rows
 from gpustore.digest import DIGEST_NBYTES
 from gpustore.document import Slot
+from gpustore.dtypes import dtype_of, extension_dtype
 from gpustore.errors import FormatError
-from gpustore.julia import (
-    PERMUTED,
-    ArraySpec,
-    JuliaType,
-    OpaqueDocument,
-    Struct,
-    dtype_of,
-    extension_dtype,
-    is_of_both_orders,
-)
+from gpustore.julia import PERMUTED, ArraySpec, JuliaType, OpaqueDocument, Struct, is_of_both_orders
 from gpustore.values import JuliaArray
 
 MAX_RANK = 32
 _DEVICE_TAG = re.compile(r"cpu|cuda:(0|[1-9][0-9]{0,2})")
+
+
+def once(lifter: Any, node: Any, path: str) -> Any:
+    """Return what a node stands for; one of which several values are made is counted each time."""
+    found = lifter.resolve(node, path)
+    payload = found.get("data") if isinstance(found, dict) else found
+    if id(found) in lifter.parts:
+        lifter.count_shared(lifter.resolve(payload, path), path)
+    lifter.parts.add(id(found))
+    return found
 
 
 def lift_rows(lifter: Any, nodes: Collection[Any]) -> None:
@@ -62,6 +64,21 @@ def row_major_spec(julia_type: Any, parent: ArraySpec) -> ArraySpec | None:
         return None
     shape, kept = parent.shape[::-1], (parent.device, parent.payload, parent.digest)
     return ArraySpec(parent.dtype, shape, "C", *kept)
+
+
+def lift_row_major(lifter: Any, node: Any, julia_type: Any, content: Any, path: str) -> Any:
+    """Lift a PermutedDimsArray that reverses its parent's dimensions: a row-major array."""
+    parent = lifter.resolve(content[0], path) if len(content) == 1 else None
+    if not isinstance(parent, dict) or parent.get("tag") != "array":
+        return NotImplemented
+    spec = array_spec(lifter, parent, path)
+    whole = row_major_spec(julia_type, spec) if isinstance(spec, ArraySpec) else None
+    if whole is None:
+        return NotImplemented
+    lifter.row_major = node["type"], julia_type
+    if id(parent) not in lifter.parents:  # all that turn one parent are its memory, as in Julia
+        lifter.parents[id(parent)] = lifter.make_array(whole, path)
+    return lifter.parents[id(parent)]
 
 
 def array_spec(lifter: Any, node: dict[str, Any], path: str) -> ArraySpec | JuliaArray:

@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpustore import activations, devices, document, layers, tree
+from gpustore.dtypes import extension_dtype
 from gpustore.errors import MissingExtraError, UnsupportedValueError
 from gpustore.fake_cuda import FakeCudaArray, fake_cuda
-from gpustore.julia import NamedTuple, Symbol, extension_dtype
+from gpustore.julia import NamedTuple, Symbol
 from gpustore.lift import TAGS
 from gpustore.load import load
 from gpustore.save import save

@@ -12,18 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import devices, flux, twins
+from gpustore import devices, dictionaries, flux
 from gpustore.document import int64
-from gpustore.julia import (
-    JuliaType,
-    LostArray,
-    NamedTuple,
-    OpaqueFunction,
-    Struct,
-    Symbol,
-    element_type_of,
-    extension_dtype,
-)
+from gpustore.dtypes import element_type_of, extension_dtype
+from gpustore.julia import JuliaType, LostArray, NamedTuple, OpaqueFunction, Struct, Symbol
 from gpustore.tree import TrackedArray
 from gpustore.values import (
     Char,
@@ -52,8 +44,8 @@ _TYPES: dict[type, JuliaType] = {
     bytearray: _named("Core.Array", _named("Core.UInt8"), 1),
     Symbol: _named("Core.Symbol"),
     list: _named("Core.Array", _ANY, 1),
-    set: twins.SET,
-    frozenset: twins.SET,
+    set: dictionaries.SET,
+    frozenset: dictionaries.SET,
     datetime.date: _named("Dates.Date"),
     datetime.datetime: _named("Dates.DateTime"),
     Char: _named("Core.Char"),
@@ -83,7 +75,7 @@ def type_of(value: Any) -> Any:
     if isinstance(value, NamedTuple):
         return named_tuple_type(value)
     if type(value) in (dict, Entries):
-        return _SYMBOL_DICT if twins.is_document(value) else twins.DICT
+        return _SYMBOL_DICT if dictionaries.is_document(value) else dictionaries.DICT
     if type(value) is tuple:
         return _named("Core.Tuple", *map(type_of, value))
     if isinstance(value, (JuliaDict, JuliaSet)):

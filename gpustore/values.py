@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from gpustore.julia import LEAF, JuliaType, NamedTuple, Struct, dtype_of
+from gpustore.dtypes import dtype_of
+from gpustore.julia import LEAF, JuliaType, NamedTuple, Struct
 from gpustore.notebook import Shown
 
 _INT64 = JuliaType.named("Core.Int64")

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from gpustore.dtypes import dtype_of
 from gpustore.errors import UnsupportedValueError
-from gpustore.julia import JuliaType, Struct, dtype_of
+from gpustore.julia import JuliaType, Struct
 
 _MAX_ELEMENTS = 2**28  # of the array that a few bytes of a sparse one may stand for
 
