@@ -15,7 +15,7 @@ from gpustore.errors import OpaqueCodeError
 from gpustore.julia import OpaqueDocument, OpaqueFunction, Source
 
 MAX_STATEMENTS = 10_000
-MAX_PARTS = 100_000  # of one function: backrefs let few bytes stand for many of them
+MAX_PARTS = 20_000  # of one function: backrefs let few bytes stand for many of them
 _MAX_DEPTH = 50
 _MAX_NAME = 200  # characters
 
