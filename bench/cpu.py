@@ -259,7 +259,7 @@ if what == "load":
     model = gs.load(path, "model")
     print(now() - before)
 else:
-    gs.save(path, model=model, durable=False)
+    gs.save(path, model=model)
     print(peak() - before)
 """
 
@@ -363,6 +363,8 @@ def main() -> None:
         del arrays
         results["10,000 arrays of 128 bytes"] = rivals(folder, tiny(10_000))
         results["the same, detached"] = rivals(folder, tiny(10_000), "detached")
+        matrices = named([np.full((16, 8), index, "f4") for index in range(10_000)])
+        results["10,000 row-major matrices, 16 by 8"] = rivals(folder, matrices)
         results["Julia's files of the tests"] = opening(folder)
         results["Chain of 1,000 Dense(16, 16) beside a dict of its arrays"] = chains(folder)
         results["1 GiB in each memory order"] = orders(folder)
