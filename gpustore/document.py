@@ -76,8 +76,14 @@ def encode(node: dict[str, Any] | list[Any]) -> Encoded:
     import bson
 
     if isinstance(node, dict):
-        return Encoded(bson.encode(node))
-    return Encoded(bson.encode({"": node})[6:-1], kind=4)
+        return Encoded(bson.encode(node), depth=_depth(node))
+    return Encoded(bson.encode({"": node})[6:-1], kind=4, depth=_depth(node))
+
+
+def _depth(node: Any) -> int:
+    if not isinstance(node, (dict, list)):
+        return 0
+    return 1 + max(map(_depth, node.values() if isinstance(node, dict) else node), default=0)
 
 
 def scan(buffer: Any, *, name: str = "buffer", slot_nbytes: int = SLOT_NBYTES) -> dict[str, Any]:

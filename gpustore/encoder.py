@@ -20,6 +20,7 @@ from gpustore.layout import (
     INLINE_LIMIT,
     INT32,
     INT64,
+    MAX_DEPTH,
     PAGE_ALIGNED_NBYTES,
     Encoded,
     Payload,
@@ -40,11 +41,22 @@ class Encoder:
         self.base = 0  # offset in the file of the current segment's first byte
         self.structures = [self.segment]
         self.payloads: list[Payload] = []
+        self.depth = 0  # of documents that are being encoded
+
+    def enter(self, levels: int = 1) -> None:
+        """Count levels of documents; refuse more than can be read."""
+        self.depth += levels
+        if self.depth > MAX_DEPTH + 1:  # the outermost one is none
+            raise UnsupportedValueError(
+                f"the value is nested too deep to be saved: expected at most {MAX_DEPTH} levels of "
+                "documents, those of types counted; flatten it"
+            )
 
     def position(self) -> int:
         return self.base + len(self.segment)
 
     def document(self, value: dict[str, Any], trailer: dict[str, Any] | None = None) -> None:
+        self.enter()
         segment, start, position = self.segment, len(self.segment), self.position()
         segment += b"\0\0\0\0"
         if len(value) >= _ROW:
@@ -56,8 +68,10 @@ class Encoder:
             self.trailer(trailer)
         self.segment.append(0)
         self.length(segment, start, self.position() - position)
+        self.depth -= 1
 
     def array(self, values: list[Any]) -> None:
+        self.enter()
         segment, start, position = self.segment, len(self.segment), self.position()
         segment += b"\0\0\0\0"
         if len(values) >= _ROW:
@@ -67,6 +81,7 @@ class Encoder:
                 self.element(b"%d\0" % index, child)
         self.segment.append(0)
         self.length(segment, start, self.position() - position)
+        self.depth -= 1
 
     def elements(self, keys: list[bytes], nodes: list[Any]) -> None:
         """Encode many elements, small arrays alike with names of one length as rows."""
@@ -290,6 +305,8 @@ def _encode_list(encoder: Encoder, key: bytes, value: list[Any]) -> None:
 
 
 def _encode_encoded(encoder: Encoder, key: bytes, value: Encoded) -> None:
+    encoder.enter(value.depth)
+    encoder.depth -= value.depth
     encoder.segment += b"%c%b%b" % (value.kind, key, value.bson)
 
 

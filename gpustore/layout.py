@@ -65,10 +65,14 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A subtree that is already encoded: a BSON document, or with `kind` 4 an array."""
+    """A subtree that is already encoded: a BSON document, or with `kind` 4 an array.
+
+    `depth` is how many levels of documents and arrays it has.
+    """
 
     bson: bytes
     kind: int = 3
+    depth: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -300,6 +300,24 @@ def test_opening_a_file_lists_no_array_until_asked(file):
             stored.arrays  # noqa: B018
 
 
+@pytest.mark.parametrize("wrap", [lambda v: [v], lambda v: (v,), lambda v: {"a": v}])
+def test_what_can_be_saved_however_deep_can_be_read_in_all_ways(file, wrap):
+    deepest, value = 0, np.ones(2)
+    for depth in range(1, 260):
+        value = wrap(value)
+        try:
+            gs.save(file, v=value, durable=False)
+        except gs.UnsupportedValueError:
+            break
+        deepest = depth
+    assert deepest >= 60
+    with pytest.raises(gs.UnsupportedValueError, match="nested too deep"):
+        gs.save(file, v=value)
+    gs.load(file, verify=True)
+    with gs.open_file(file) as stored:
+        assert len(stored.arrays) == 1 and stored.verify()
+
+
 def test_reading_a_region_of_an_array(file):
     table = np.arange(12.0).reshape(3, 4)
     gs.save(file, nested={"table": table})
