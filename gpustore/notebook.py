@@ -5,9 +5,12 @@ Nothing is computed and no array is read or copied: what is shown are names, sha
 
 from __future__ import annotations
 
+import datetime
 import html
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from gpustore import devices, tree
 
@@ -75,7 +78,9 @@ class _Tree:
 
 
 def _is_array(node: Any) -> bool:
-    """Whether a node is an array, or stands for one: an ArraySpec, a LostArray."""
+    """Whether a node is an array, or stands for one: an ArraySpec, a LostArray; no scalar."""
+    if isinstance(node, np.generic):
+        return False
     is_spec = all(hasattr(type(node), name) for name in ("shape", "dtype", "nbytes"))
     return devices.is_array(node) or is_spec or hasattr(type(node), "element_type")
 
@@ -87,6 +92,10 @@ def leaf_text(node: Any) -> str:
     if _is_array(node):
         where = _device(node)
         return f"{node.dtype} {tuple(node.shape)}, {where}, {size_text(_nbytes(node))}"
+    if isinstance(node, np.generic):
+        return _short(f"{node.dtype} {node!s}")
+    if isinstance(node, datetime.date):
+        return str(node)
     if callable(node) and hasattr(node, "__name__"):
         return _short(str(node.__name__))
     if isinstance(node, (str, bytes, bytearray)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from types import NoneType
 from typing import Any
@@ -33,8 +34,7 @@ def entry_trees(found: Inspection) -> list[Tree]:
 
 def _node(add: Any, label: str, node: Any, seen: set[int]) -> Any:
     """Draw a node with `add`, and all below it; return what it was drawn as."""
-    is_array = isinstance(node, (ArraySpec, LostArray))
-    below = [] if is_array else tree.children(node)
+    below = _below(node)
     if not below or _is_brief(node):
         return add(_line(label, leaf_text(node), _leaf_style(node)))
     title = title_text(node)
@@ -49,6 +49,23 @@ def _node(add: Any, label: str, node: Any, seen: set[int]) -> Any:
     return drawn
 
 
+def _below(node: Any) -> list[tuple[str, Any]]:
+    """Return what is drawn below a node; the fields of a struct stand right below it."""
+    if isinstance(node, (ArraySpec, LostArray)):
+        return []
+    if isinstance(node, OpaqueFunction) and not node.captured:
+        return []
+    if isinstance(node, Struct) and isinstance(node.data, list):
+        return [(f".data{suffix}", child) for suffix, child in tree.children(node.data)]
+    if isinstance(node, dict):
+        return [(f"[{_key(key)}]", child) for key, child in node.items()]
+    return tree.children(node)
+
+
+def _key(key: Any) -> str:
+    return leaf_text(key) if isinstance(key, (ArraySpec, Struct)) else repr(key)
+
+
 def _line(label: str, text: str, style: str) -> Text:
     return Text.assemble((_short(printable(label)), "bold cyan"), ": ", (shown(text), style))
 
@@ -59,12 +76,15 @@ def _is_brief(node: Any) -> bool:
     return is_list and all(type(part) in (int, float, bool, NoneType) for part in node)
 
 
+_BUILT_IN = re.compile(r"(?<![\w.#])(?:Core|Base)\.(?=[A-Z])")
+
+
 def title_text(node: Any) -> str:
     """Return what is said of a container."""
     if isinstance(node, (dict, list, tuple)) and not hasattr(node, "_fields"):
         return f"{type(node).__name__} of {len(node)}"
     if isinstance(node, Struct):
-        return _short(repr(node.type))
+        return _short(_BUILT_IN.sub("", repr(node.type)))  # as Julia shows types
     if isinstance(node, OpaqueFunction):
         return _function(node)
     return type(node).__name__
@@ -72,8 +92,8 @@ def title_text(node: Any) -> str:
 
 def leaf_text(node: Any) -> str:
     """Return what is said of a value without children."""
-    if isinstance(node, OpaqueFunction):
-        return _function(node)
+    if isinstance(node, (OpaqueFunction, Struct)):
+        return title_text(node)
     if isinstance(node, ArraySpec) and node.order == "C":
         return notebook.leaf_text(node).replace("), ", "), row-major, ", 1)
     return notebook.leaf_text(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -167,3 +168,23 @@ def test_nothing_is_said_of_flux_where_nothing_of_it_is_there(run, tmp_path):
     gs.save(tmp_path / "a.bson", a=1)
     assert "Flux" not in run("inspect", tmp_path / "a.bson")[1]
     assert os.fspath(tmp_path) in run("inspect", tmp_path / "a.bson")[1]
+
+
+def test_what_julia_has_of_its_own_reads_as_in_julia(run, tmp_path):
+    inner = gs.JuliaType.named("Core.Array", gs.JuliaType.named("Core.Float32"), 1)
+    net = gs.Struct(gs.JuliaType.named("Main.Net", inner), [np.float32(0.01), [1, 2]])
+    empty = gs.Struct(gs.JuliaType.named("Main.Base.Zero"), [])
+    when = datetime.datetime(2026, 1, 16, 21, 2)
+    gs.save(tmp_path / "a.bson", net=net, empty=empty, when=when)
+    assert run("inspect", tmp_path / "a.bson")[1].splitlines()[1:-1] == [
+        "net: Main.Net{Array{Float32, 1}}",
+        "├── data[0]: float32 0.01",
+        "└── data[1]: [1, 2]",
+        "empty: Zero",
+        "when: 2026-01-16 21:02:00",
+    ]
+
+
+def test_a_function_that_captures_nothing_is_one_line(run):
+    out = run("inspect", JULIA / "conv_anon_flux012_v1.bson")[1]
+    assert "captured" not in out and "Julia function x -> reshape(" in out
