@@ -47,7 +47,8 @@ def lower(lowerer: Any, container: Any, key: Any, value: Any, path: str) -> None
 
 def _not_dense(value: Any) -> str:
     """Return what to save in the place of a tensor of PyTorch that has no dense memory, or ""."""
-    if not isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ())):
+    tensors: Any = getattr(sys.modules.get("torch"), "Tensor", ())
+    if not isinstance(value, tensors):
         return ""
     if value.is_meta:
         return "on the device meta it has no values"
