@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from types import NoneType
 from typing import Any
@@ -17,7 +16,7 @@ from gpustore.figures import Figures
 from gpustore.inspection import Inspection
 from gpustore.julia import ArraySpec, LostArray, OpaqueFunction, Struct
 from gpustore.load import ArrayEntry
-from gpustore.notebook import printable, size_text
+from gpustore.notebook import as_julia_shows, printable, size_text
 from gpustore.terminal import shown
 
 _MAX_CHILDREN = 60  # of one list; the rest is counted
@@ -76,15 +75,12 @@ def _is_brief(node: Any) -> bool:
     return is_list and all(type(part) in (int, float, bool, NoneType) for part in node)
 
 
-_BUILT_IN = re.compile(r"(?<![\w.#])(?:Core|Base)\.(?=[A-Z])")
-
-
 def title_text(node: Any) -> str:
     """Return what is said of a container."""
     if isinstance(node, (dict, list, tuple)) and not hasattr(node, "_fields"):
         return f"{type(node).__name__} of {len(node)}"
     if isinstance(node, Struct):
-        return _short(_BUILT_IN.sub("", repr(node.type)))  # as Julia shows types
+        return _short(as_julia_shows(repr(node.type)))
     if isinstance(node, OpaqueFunction):
         return _function(node)
     return type(node).__name__
@@ -136,7 +132,11 @@ def array_table(found: Inspection, measured: Sequence[Figures | None] | None) ->
         cells = _cells(entry) | _figures_cells(measured[number] if measured is not None else None)
         table.add_row(Text(printable(entry.path)), *(cells[name] for name in names))
     for path, lost in found.lost.items():
-        words = {"dtype": lost.element_type, "shape": str(lost.shape), "device": "lost"}
+        words = {
+            "dtype": as_julia_shows(lost.element_type),
+            "shape": str(lost.shape),
+            "device": "lost",
+        }
         cells = {name: Text(printable(word), "red") for name, word in words.items()}
         table.add_row(Text(printable(path)), *(cells.get(name, Text()) for name in names))
     return table
