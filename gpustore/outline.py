@@ -18,6 +18,7 @@ from gpustore.julia import ArraySpec, LostArray, OpaqueFunction, Struct
 from gpustore.load import ArrayEntry
 from gpustore.notebook import as_julia_shows, printable, size_text
 from gpustore.terminal import shown
+from gpustore.values import JuliaArray
 
 _MAX_CHILDREN = 60  # of one list; the rest is counted
 _MAX_BRIEF = 8  # numbers of a list that are said in a line
@@ -54,6 +55,8 @@ def _below(node: Any) -> list[tuple[str, Any]]:
         return []
     if isinstance(node, OpaqueFunction) and not node.captured:
         return []
+    if isinstance(node, JuliaArray) and isinstance(node.data, bytes):
+        return []
     if isinstance(node, Struct) and isinstance(node.data, list):
         return [(f".data{suffix}", child) for suffix, child in tree.children(node.data)]
     if isinstance(node, dict):
@@ -83,12 +86,14 @@ def title_text(node: Any) -> str:
         return _short(as_julia_shows(repr(node.type)))
     if isinstance(node, OpaqueFunction):
         return _function(node)
+    if isinstance(node, JuliaArray):
+        return _short(f"{as_julia_shows(repr(node.element_type))} {node.shape}")
     return type(node).__name__
 
 
 def leaf_text(node: Any) -> str:
     """Return what is said of a value without children."""
-    if isinstance(node, (OpaqueFunction, Struct)):
+    if isinstance(node, (OpaqueFunction, Struct, JuliaArray)):
         return title_text(node)
     if isinstance(node, ArraySpec) and node.order == "C":
         return notebook.leaf_text(node).replace("), ", "), row-major, ", 1)

@@ -17,6 +17,7 @@ import gpustore as gs
 from gpustore import inspection, origin
 from gpustore.flux import version_of
 from gpustore.testing import fake_cuda
+from gpustore.values import JuliaArray
 
 JULIA = Path(__file__).parent / "fixtures" / "julia"
 OF_AN_ERA = sorted(JULIA.glob("*_flux0*.bson"))
@@ -175,13 +176,16 @@ def test_what_julia_has_of_its_own_reads_as_in_julia(run, tmp_path):
     net = gs.Struct(gs.JuliaType.named("Main.Net", inner), [np.float32(0.01), [1, 2]])
     empty = gs.Struct(gs.JuliaType.named("Main.Base.Zero"), [])
     when = datetime.datetime(2026, 1, 16, 21, 2)
-    gs.save(tmp_path / "a.bson", net=net, empty=empty, when=when)
+    pair = gs.JuliaType.named("Core.Tuple", *[gs.JuliaType.named("Core.Float64")] * 2)
+    pairs = JuliaArray(pair, (2,), bytes(32))
+    gs.save(tmp_path / "a.bson", net=net, empty=empty, when=when, pairs=pairs)
     assert run("inspect", tmp_path / "a.bson")[1].splitlines()[1:-1] == [
         "net: Main.Net{Array{Float32, 1}}",
         "├── data[0]: float32 0.01",
         "└── data[1]: [1, 2]",
         "empty: Zero",
         "when: 2026-01-16 21:02:00",
+        "pairs: Tuple{Float64, Float64} (2,)",
     ]
 
 
