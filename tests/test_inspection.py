@@ -192,3 +192,11 @@ def test_what_julia_has_of_its_own_reads_as_in_julia(run, tmp_path):
 def test_a_function_that_captures_nothing_is_one_line(run):
     out = run("inspect", JULIA / "conv_anon_flux012_v1.bson")[1]
     assert "captured" not in out and "Julia function x -> reshape(" in out
+
+
+def test_arrays_of_tracked_ones_are_named_by_their_layer():
+    with gs.open_file(JULIA / "batchnorm_flux07_v1.bson") as stored:
+        paths = {entry.path for entry in stored.arrays}
+        weight = stored.read("model.layers[0].weight.data")
+    assert not any("tracker" in path for path in paths)
+    assert "model.layers[0].weight.grad" in paths and weight.shape == (4, 4)
