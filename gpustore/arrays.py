@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from gpustore.values import Origin, origin_of
 
 def lower(lowerer: Any, container: Any, key: Any, value: Any, path: str) -> None:
     """Lower an array of any device into container[key], in Julia's memory order or turned to it."""
+    if not_dense := _not_dense(value):
+        raise lowerer.refuse(path, value, not_dense)
     dtype = numpy_dtype(value)
     known = lowerer.kinds.get(dtype) or element_type_of(dtype)
     if known is None:
@@ -41,6 +44,19 @@ def lower(lowerer: Any, container: Any, key: Any, value: Any, path: str) -> None
     lowerer.place(
         container, key, value, lowerer.struct(_row_major_type(array_type(value)), [parent])
     )
+
+
+def _not_dense(value: Any) -> str:
+    """Return what to save in the place of a tensor of PyTorch that has no dense memory, or ""."""
+    tensors: Any = getattr(sys.modules.get("torch"), "Tensor", ())
+    if not isinstance(value, tensors):
+        return ""
+    if value.is_meta:
+        return "on the device meta it has no values"
+    if value.is_quantized:
+        return "save its dequantize()"
+    is_strided = str(value.layout) == "torch.strided"
+    return "" if is_strided else f"its layout is {value.layout}; save its to_dense()"
 
 
 @functools.lru_cache(256)

@@ -44,7 +44,7 @@ def cli() -> None:
 @click.option("--stats", is_flag=True, help="The table, with min, max, mean, NaN and zeros.")
 @click.option("--json", "is_json", is_flag=True, help="The same as JSON, for other programs.")
 def inspect(file: str, arrays: bool, stats: bool, is_json: bool) -> None:
-    """Show what FILE holds: names, types, shapes, devices, bytes, and who wrote it.
+    """Show what FILE holds: types, shapes, devices, and who wrote it.
 
     No array is loaded; --stats reads each once, in bounded memory.
 
@@ -108,7 +108,7 @@ def _verdict(found: Verification) -> str:
 @click.argument("file", type=_FILE)
 @click.option("-o", "--output", required=True, type=_FILE, help="The file to write.")
 def cpu(file: str, output: str) -> None:
-    """Write FILE without its device tags: a file that loads on every machine. Needs no GPU.
+    """Write FILE without device tags: it loads on every machine. Needs no GPU.
 
     \b
     Example:
@@ -133,9 +133,10 @@ def cpu(file: str, output: str) -> None:
 @click.option("--arrays-only", is_flag=True, help="Leave out what TARGET's kind cannot hold.")
 @click.option("--unshare", is_flag=True, help="Write an array that is in two places twice.")
 def convert(source: str, target: str, arrays_only: bool, unshare: bool) -> None:
-    """Write SOURCE as TARGET: each a .bson, .safetensors, .npz or .pt file, by its name.
+    """Write SOURCE as TARGET: .bson, .safetensors, .npz or .pt.
 
-    What TARGET's kind cannot hold is refused by name, and nothing is written.
+    The names say of which kind each is. What TARGET's kind cannot hold is refused by name, and
+    nothing is written.
 
     \b
     Examples:
@@ -158,7 +159,7 @@ def convert(source: str, target: str, arrays_only: bool, unshare: bool) -> None:
 )  # fmt: skip
 @click.pass_context
 def diff(context: click.Context, a: str, b: str, tolerance: float) -> None:
-    """Show what differs from file A to file B: structure and values, and by how much.
+    """Show what differs from A to B: structure, values, by how much.
 
     The exit code is 0 where nothing differs, 1 where something does, 2 where that cannot be told.
     Devices and memory order are no part of a value.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -197,9 +198,11 @@ def _read_safetensors(path: Any, progress: Progress | None) -> dict[str, Any]:
 def _read_pt(path: Any, progress: Progress | None) -> Any:
     torch = interop.imported("torch", "torch")
     try:
-        return torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except OSError:
         raise
     except Exception as error:  # whatever the unpickler meets in a file that is none

@@ -179,14 +179,19 @@ def to_host(array: Any) -> NDArray[Any]:
 def memory_of(array: Any) -> Any:
     """Return a key that two tensors have in common which are the same memory, as tied weights are.
 
-    Other arrays are themselves only.
+    Other arrays are themselves only, and so are views that negate or conjugate when they are read.
     """
     try:
-        place = array.data_ptr(), tuple(array.stride())
+        place = array.data_ptr(), tuple(array.stride()), _is_lazy(array)
     except (AttributeError, RuntimeError):  # no tensor, or one that is not dense
         return id(array)
     kind = tuple(array.shape), str(array.dtype), str(array.device)
     return (*place, *kind) if all(array.shape) else id(array)
+
+
+def _is_lazy(tensor: Any) -> bool:
+    """Whether what lies in a tensor's memory is yet to be conjugated or negated."""
+    return bool(getattr(tensor, "is_conj", bool)() or getattr(tensor, "is_neg", bool)())
 
 
 def to_device(array: Any, device: str) -> Any:
@@ -279,6 +284,8 @@ def _cupy_to_host(array: Any, device: str) -> NDArray[Any]:
 def _foreign_to_host(array: Any, device: str) -> NDArray[Any]:
     # A library copies its own CUDA arrays without CuPy, and in dtypes that CuPy does not have.
     bits, dtype = bits_of(array)
+    if _is_lazy(bits):
+        bits = bits.resolve_conj().resolve_neg()
     if device == "cpu":
         host = np.from_dlpack(bits)
     elif hasattr(bits, "cpu"):

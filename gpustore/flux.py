@@ -16,6 +16,7 @@ from gpustore import activations, convolution, functions, tree
 from gpustore.eras import TABLE, StructKind
 from gpustore.errors import UnsupportedValueError
 from gpustore.layers import plain
+from gpustore.notebook import html_tree
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -28,6 +29,12 @@ def version_of(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")))
 
 
+def _show(cls: Any) -> None:
+    """Have notebooks show a dataclass as a tree, where it does not say itself how."""
+    if hasattr(cls, "__dataclass_fields__") and not hasattr(cls, "_repr_html_"):
+        cls._repr_html_ = html_tree
+
+
 _KINDS: dict[tuple[str, int], list[StructKind]] = {}
 _ROWS: dict[type, list[StructKind]] = {}
 for _kind in sorted(TABLE, key=lambda kind: version_of(kind.since)):
@@ -36,6 +43,7 @@ for _kind in sorted(TABLE, key=lambda kind: version_of(kind.since)):
     _ROWS.setdefault(_kind.cls, []).append(_kind)
 for _cls in (tree.TrackedArray, tree.Params):
     _ROWS[_cls].reverse()
+    _show(_cls)
 NAMES = {kind.name for kind in TABLE}  # of structs that have a class here
 _OF_FLUX = frozenset(NAMES)
 
@@ -196,6 +204,7 @@ def model_type(name: str | type | None = None) -> Any:
     `name` is dotted, such as "Main.Net" or "MyPackage.Net"; a bare name belongs to Main, and the
     default is the class's own. Instances are saved as structs of their fields, in order. Raises
     UnsupportedValueError for a class of another kind or a name already taken by another class.
+    Notebooks show a dataclass as a tree, unless it has a `_repr_html_` of its own.
 
     >>> @model_type("Main.Doubler")
     ... @dataclasses.dataclass
@@ -224,6 +233,7 @@ def _register(cls: _Class, name: str) -> _Class:
     _KINDS[name, len(fields)] = [kind]
     _ROWS[cls] = [kind]
     NAMES.add(name)
+    _show(cls)
     return cls
 
 

@@ -332,8 +332,8 @@ class ArraySpec:
     shape: tuple[int, ...]
     order: str
     device: str
-    payload: bytes | Slot
-    digest: bytes | None
+    payload: bytes | Slot = field(repr=False)
+    digest: bytes | None = field(repr=False)
 
     @property
     def nbytes(self) -> int:

@@ -340,7 +340,10 @@ class Lifter:
             return kind.cls(*self.children(content, path))
         made: Any = object.__new__(kind.cls)
         self.memo[id(node)] = made
-        for name, child in zip(kind.fields, content, strict=True):
+        fields: Any = zip(kind.fields, content, strict=True)
+        if kind.cls is tree.TrackedArray:  # its tracker, which comes first, holds the data too
+            fields = sorted(fields, key=lambda field: field[0] == "tracker")
+        for name, child in fields:
             part = self.value(child, f"{path}.{name}")
             if kind.is_layer and type(part) is np.ndarray and not part.flags.f_contiguous:
                 part = self.turned(child, part, path)

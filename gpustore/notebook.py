@@ -5,9 +5,13 @@ Nothing is computed and no array is read or copied: what is shown are names, sha
 
 from __future__ import annotations
 
+import datetime
 import html
+import re
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from gpustore import devices, tree
 
@@ -75,7 +79,9 @@ class _Tree:
 
 
 def _is_array(node: Any) -> bool:
-    """Whether a node is an array, or stands for one: an ArraySpec, a LostArray."""
+    """Whether a node is an array, or stands for one: an ArraySpec, a LostArray; no scalar."""
+    if isinstance(node, np.generic):
+        return False
     is_spec = all(hasattr(type(node), name) for name in ("shape", "dtype", "nbytes"))
     return devices.is_array(node) or is_spec or hasattr(type(node), "element_type")
 
@@ -83,10 +89,14 @@ def _is_array(node: Any) -> bool:
 def leaf_text(node: Any) -> str:
     """Return what is said of a value without children."""
     if hasattr(type(node), "element_type"):
-        return f"{node.element_type} {tuple(node.shape)}, values lost on the GPU"
+        return f"{as_julia_shows(node.element_type)} {tuple(node.shape)}, values lost on the GPU"
     if _is_array(node):
         where = _device(node)
         return f"{node.dtype} {tuple(node.shape)}, {where}, {size_text(_nbytes(node))}"
+    if isinstance(node, np.generic):
+        return _short(f"{node.dtype} {node!s}")
+    if isinstance(node, datetime.date):
+        return str(node)
     if callable(node) and hasattr(node, "__name__"):
         return _short(str(node.__name__))
     if isinstance(node, (str, bytes, bytearray)):
@@ -97,6 +107,18 @@ def leaf_text(node: Any) -> str:
         return type(node).__name__
 
 
+_BUILT_IN = re.compile(r"(?<![\w.#])(?:Core|Base)\.(?=[A-Z])")
+
+
+def as_julia_shows(type_name: str) -> str:
+    """Return the name of a type without the modules that Julia does not name when it shows one.
+
+    >>> as_julia_shows("Main.Net{Core.Array{Core.Float32, 1}}")
+    'Main.Net{Array{Float32, 1}}'
+    """
+    return _BUILT_IN.sub("", type_name)
+
+
 def title_text(node: Any) -> str:
     """Return what is said of a container: layers print themselves, others are counted."""
     if isinstance(node, (dict, list, tuple)) and not hasattr(node, "_fields"):
@@ -104,7 +126,7 @@ def title_text(node: Any) -> str:
     if not isinstance(node, Shown):  # a user's, which may print its arrays
         return type(node).__name__
     try:
-        return _short(repr(node))
+        return _short(as_julia_shows(repr(node)))
     except RecursionError:  # a model that holds itself
         return type(node).__name__
 

@@ -16,8 +16,9 @@ from gpustore.figures import Figures
 from gpustore.inspection import Inspection
 from gpustore.julia import ArraySpec, LostArray, OpaqueFunction, Struct
 from gpustore.load import ArrayEntry
-from gpustore.notebook import printable, size_text
+from gpustore.notebook import as_julia_shows, printable, size_text
 from gpustore.terminal import shown
+from gpustore.values import JuliaArray
 
 _MAX_CHILDREN = 60  # of one list; the rest is counted
 _MAX_BRIEF = 8  # numbers of a list that are said in a line
@@ -33,8 +34,7 @@ def entry_trees(found: Inspection) -> list[Tree]:
 
 def _node(add: Any, label: str, node: Any, seen: set[int]) -> Any:
     """Draw a node with `add`, and all below it; return what it was drawn as."""
-    is_array = isinstance(node, (ArraySpec, LostArray))
-    below = [] if is_array else tree.children(node)
+    below = _below(node)
     if not below or _is_brief(node):
         return add(_line(label, leaf_text(node), _leaf_style(node)))
     title = title_text(node)
@@ -47,6 +47,25 @@ def _node(add: Any, label: str, node: Any, seen: set[int]) -> Any:
     if len(below) > _MAX_CHILDREN:
         drawn.add(Text(f"... {len(below) - _MAX_CHILDREN} more", "dim"))
     return drawn
+
+
+def _below(node: Any) -> list[tuple[str, Any]]:
+    """Return what is drawn below a node; the fields of a struct stand right below it."""
+    if isinstance(node, (ArraySpec, LostArray)):
+        return []
+    if isinstance(node, OpaqueFunction) and not node.captured:
+        return []
+    if isinstance(node, JuliaArray) and isinstance(node.data, bytes):
+        return []
+    if isinstance(node, Struct) and isinstance(node.data, list):
+        return [(f".data{suffix}", child) for suffix, child in tree.children(node.data)]
+    if isinstance(node, dict):
+        return [(f"[{_key(key)}]", child) for key, child in node.items()]
+    return tree.children(node)
+
+
+def _key(key: Any) -> str:
+    return leaf_text(key) if isinstance(key, (ArraySpec, Struct)) else repr(key)
 
 
 def _line(label: str, text: str, style: str) -> Text:
@@ -64,16 +83,18 @@ def title_text(node: Any) -> str:
     if isinstance(node, (dict, list, tuple)) and not hasattr(node, "_fields"):
         return f"{type(node).__name__} of {len(node)}"
     if isinstance(node, Struct):
-        return _short(repr(node.type))
+        return _short(as_julia_shows(repr(node.type)))
     if isinstance(node, OpaqueFunction):
         return _function(node)
+    if isinstance(node, JuliaArray):
+        return _short(f"{as_julia_shows(repr(node.element_type))} {node.shape}")
     return type(node).__name__
 
 
 def leaf_text(node: Any) -> str:
     """Return what is said of a value without children."""
-    if isinstance(node, OpaqueFunction):
-        return _function(node)
+    if isinstance(node, (OpaqueFunction, Struct, JuliaArray)):
+        return title_text(node)
     if isinstance(node, ArraySpec) and node.order == "C":
         return notebook.leaf_text(node).replace("), ", "), row-major, ", 1)
     return notebook.leaf_text(node)
@@ -116,7 +137,11 @@ def array_table(found: Inspection, measured: Sequence[Figures | None] | None) ->
         cells = _cells(entry) | _figures_cells(measured[number] if measured is not None else None)
         table.add_row(Text(printable(entry.path)), *(cells[name] for name in names))
     for path, lost in found.lost.items():
-        words = {"dtype": lost.element_type, "shape": str(lost.shape), "device": "lost"}
+        words = {
+            "dtype": as_julia_shows(lost.element_type),
+            "shape": str(lost.shape),
+            "device": "lost",
+        }
         cells = {name: Text(printable(word), "red") for name, word in words.items()}
         table.add_row(Text(printable(path)), *(cells.get(name, Text()) for name in names))
     return table

@@ -124,15 +124,20 @@ def _layer_of(path: str) -> str:
     return path.rpartition(".")[0]
 
 
+_TITLE_LETTERS = 10  # in an inch, of those at 11 points
+
+
 # --- few arrays: a panel each -------------------------------------------------------------------
 
 
 def _panels(figure: Any, drawn: Sequence[_Drawn], title: str) -> None:
     columns = min(len(drawn), 2 if len(drawn) <= 4 else 3 if len(drawn) <= 9 else 4)
     rows = math.ceil(len(drawn) / columns)
-    figure.set_size_inches(max(4.2 * columns, 6), 2.5 * rows + 0.6)
+    width = max(4.2 * columns, 6)
+    figure.set_size_inches(width, 2.5 * rows + 0.6)
     figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
-    figure.suptitle(title, parse_math=False, fontsize=12)
+    title = _fitting(title, int(_TITLE_LETTERS * width))
+    figure.suptitle(title, parse_math=False, fontsize=11)
     for number, one in enumerate(drawn, 1):
         panel = figure.add_subplot(rows, columns, number)
         around = 0.5 if one.low == one.high else 0
@@ -147,6 +152,7 @@ def _panels(figure: Any, drawn: Sequence[_Drawn], title: str) -> None:
         )  # fmt: skip
         panel.set_ylim(0, max(int(one.counts.max()), 1) * 1.25)
         panel.tick_params(labelsize=7)
+        panel.xaxis.get_offset_text().set_fontsize(7)  # "1e-7" beside the axis
         panel.spines[["top", "right"]].set_visible(False)
     figure.supylabel("elements", fontsize=9)
 
@@ -160,9 +166,11 @@ def _rows(figure: Any, drawn: Sequence[_Drawn], title: str) -> None:
     rows = math.ceil(len(drawn) / columns)
     width, height = 5.0 * columns, 0.19 * rows + 0.9
     figure.set_size_inches(width, height)
+    title = _fitting(title, int(_TITLE_LETTERS * width))
+    figure.text(0.15 / width, 1 - 0.27 / height, title, fontsize=11, va="center", parse_math=False)
     figure.text(
-        0.15 / width, 1 - 0.35 / height, f"{title}, each over its own range (dot: zero)",
-        fontsize=11, va="center", parse_math=False,
+        0.15 / width, 1 - 0.52 / height, "each over its own range (dot: zero)",
+        fontsize=7, va="center", color="0.35",
     )  # fmt: skip
     for column in range(columns):
         shown = drawn[column * rows : (column + 1) * rows]

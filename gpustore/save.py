@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]
 
 def save(
     path: str | os.PathLike[str],
-    value: Any = None,
+    value: Any = ...,
     /,
     *,
     on_gpu: str = "transfer",
@@ -94,7 +94,11 @@ _ENTRIES = (dict, Entries, OrderedDict)
 
 def _root(value: Any, named: dict[str, Any]) -> Any:
     """Return what the file holds: a dict of entries, or one other value."""
-    if value is None and named:
+    if value is ... and not named:
+        raise UnsupportedValueError(
+            "save: expected a value or named entries, found neither; say save(path, model=model)"
+        )
+    if named and (value is None or value is ...):
         return named
     is_entries = type(value) in _ENTRIES and {*map(type, value)} <= {str}
     if not named:

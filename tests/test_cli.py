@@ -172,6 +172,13 @@ def test_the_command_alone_shows_its_help(run):
     assert "\n  inspect " in run()[1]
 
 
+@installed
+def test_the_help_says_what_each_command_does_in_80_columns():
+    narrow = os.environ | {"COLUMNS": "80"}
+    shown = subprocess.run([COMMAND], env=narrow, capture_output=True, text=True, check=True).stdout
+    assert "..." not in shown.partition("Commands:")[2]
+
+
 def test_errors_of_the_system_name_the_file_and_the_reason(run, tmp_path):
     missing = tmp_path / "none.bson"
     sentence = f"gpustore: {missing}: there is no such file; check the path\n"

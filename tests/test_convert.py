@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -393,6 +395,16 @@ def test_what_is_no_checkpoint_is_one_sentence(torch, tmp_path, content):
     with pytest.raises(gs.FormatError, match=r"a\.pt: PyTorch cannot read it: [^\n]+$"):
         convert(tmp_path / "a.pt", tmp_path / "b.bson")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_what_pytorch_warns_of_is_not_said_beside_the_sentence(torch, tmp_path, run):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", pickle.dumps(Evil(), protocol=4))
+        archive.writestr("a/version", "3")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        code, _, err = run("convert", tmp_path / "a.pt", tmp_path / "b.bson")
+    assert code == 1 and err.count("\n") == 1 and not said
 
 
 def test_arrays_of_a_npz_go_to_pytorch_wherever_they_lie_in_the_file(torch, tmp_path):

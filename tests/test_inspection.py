@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import gpustore as gs
 from gpustore import inspection, origin
 from gpustore.flux import version_of
 from gpustore.testing import fake_cuda
+from gpustore.values import JuliaArray
 
 JULIA = Path(__file__).parent / "fixtures" / "julia"
 OF_AN_ERA = sorted(JULIA.glob("*_flux0*.bson"))
@@ -58,7 +60,7 @@ def test_tagged_and_lost_arrays_show_their_device(run, tmp_path):
         gs.save(tmp_path / "a.bson", w=gs.gpu(np.zeros((2, 3), "f4"), "cuda:1"), on_gpu="tag")
     assert row_of(run("inspect", tmp_path / "a.bson", "--arrays")[1], "w")[4] == "cuda:1"
     out = run("inspect", JULIA / "gpu_model_g3_v1.bson", "--arrays")[1]
-    assert "model.layers[0].weight  Core.Float32  (5, 9)         lost" in out
+    assert "model.layers[0].weight  Float32  (5, 9)         lost" in out
     assert "their values are lost" in out
 
 
@@ -167,3 +169,34 @@ def test_nothing_is_said_of_flux_where_nothing_of_it_is_there(run, tmp_path):
     gs.save(tmp_path / "a.bson", a=1)
     assert "Flux" not in run("inspect", tmp_path / "a.bson")[1]
     assert os.fspath(tmp_path) in run("inspect", tmp_path / "a.bson")[1]
+
+
+def test_what_julia_has_of_its_own_reads_as_in_julia(run, tmp_path):
+    inner = gs.JuliaType.named("Core.Array", gs.JuliaType.named("Core.Float32"), 1)
+    net = gs.Struct(gs.JuliaType.named("Main.Net", inner), [np.float32(0.01), [1, 2]])
+    empty = gs.Struct(gs.JuliaType.named("Main.Base.Zero"), [])
+    when = datetime.datetime(2026, 1, 16, 21, 2)
+    pair = gs.JuliaType.named("Core.Tuple", *[gs.JuliaType.named("Core.Float64")] * 2)
+    pairs = JuliaArray(pair, (2,), bytes(32))
+    gs.save(tmp_path / "a.bson", net=net, empty=empty, when=when, pairs=pairs)
+    assert run("inspect", tmp_path / "a.bson")[1].splitlines()[1:-1] == [
+        "net: Main.Net{Array{Float32, 1}}",
+        "├── data[0]: float32 0.01",
+        "└── data[1]: [1, 2]",
+        "empty: Zero",
+        "when: 2026-01-16 21:02:00",
+        "pairs: Tuple{Float64, Float64} (2,)",
+    ]
+
+
+def test_a_function_that_captures_nothing_is_one_line(run):
+    out = run("inspect", JULIA / "conv_anon_flux012_v1.bson")[1]
+    assert "captured" not in out and "Julia function x -> reshape(" in out
+
+
+def test_arrays_of_tracked_ones_are_named_by_their_layer():
+    with gs.open_file(JULIA / "batchnorm_flux07_v1.bson") as stored:
+        paths = {entry.path for entry in stored.arrays}
+        weight = stored.read("model.layers[0].weight.data")
+    assert not any("tracker" in path for path in paths)
+    assert "model.layers[0].weight.grad" in paths and weight.shape == (4, 4)

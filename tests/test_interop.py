@@ -72,9 +72,22 @@ def test_tensors_of_one_memory_stay_one(torch, file):
     assert len({id(array) for array in found.values()}) == 5
 
 
+def test_a_conjugate_is_no_tied_weight(torch, file):
+    z = torch.tensor([1 + 2j, 3 - 1j])
+    tree = {"z": z, "conj": z.conj(), "imag": z.imag, "neg": z.conj().imag}
+    gs.save(file, tree)
+    found = gs.load(file, framework="torch")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tree.items())
+
+
 def test_tensors_that_are_not_dense_are_refused_by_a_sentence(torch, file):
-    with pytest.raises(gs.UnsupportedValueError, match="NumPy cannot take it"):
-        gs.save(file, a=torch.eye(3).to_sparse())
+    for tensor, advice in (
+        (torch.eye(3).to_sparse(), r"torch.sparse_coo; save its to_dense\(\)"),
+        (torch.eye(3).to_mkldnn(), r"torch._mkldnn; save its to_dense\(\)"),
+        (torch.empty(2, device="meta"), "on the device meta it has no values"),
+    ):
+        with pytest.raises(gs.UnsupportedValueError, match=rf"^a\[0\]: .* cannot.*{advice}"):
+            gs.save(file, a=[tensor])
     with pytest.raises(gs.UnsupportedValueError, match="cannot be saved"):
         gs.save(file, a=torch.nn.Linear(2, 3))
     assert not file.exists()

@@ -45,8 +45,31 @@ class Net:
 
 def test_every_layer_of_the_table_is_shown_as_a_tree():
     for kind in eras.TABLE:
-        is_layer = kind.fields and kind.cls not in (gs.TrackedArray, gs.Params)
-        assert not is_layer or issubclass(kind.cls, notebook.Shown), kind.cls
+        assert not kind.fields or hasattr(kind.cls, "_repr_html_"), kind.cls
+
+
+def test_a_users_own_model_is_shown_unless_it_says_how():
+    @gs.model_type("Main.ShownNet")
+    @dataclasses.dataclass
+    class ShownNet:
+        body: object
+        rate: object
+
+    @gs.model_type("Main.SaysHow")
+    @dataclasses.dataclass
+    class SaysHow:
+        body: object
+
+        def _repr_html_(self) -> str:
+            return "mine"
+
+    net = ShownNet(gs.Dense(3, 2), np.float32(0.1))
+    page = Page(net._repr_html_())
+    assert "ShownNet" in page.text and "float32 (2, 3)" in page.text
+    assert "float32 0.1\n" in page.text and "2 arrays" in page.text
+    assert SaysHow(1)._repr_html_() == "mine"
+    assert "2 arrays" in Page(gs.Params([np.ones(2), np.ones(3)])._repr_html_()).text
+    assert "float64 (2,)" in Page(gs.param(np.ones(2))._repr_html_()).text
 
 
 def test_a_model_shows_shapes_dtypes_devices_and_bytes():

@@ -91,6 +91,18 @@ def test_many_arrays_are_rows_of_one_readable_size(tmp_path, drawn):
     assert "layer7['w']" in texts(figure)
 
 
+@pytest.mark.parametrize("count", [1, 5, 30, 150])
+def test_the_title_fits_the_page(tmp_path, drawn, count):
+    path = tmp_path / f"{'a_long_name_of_a_file_' * 6}.bson"
+    many(path, count)
+    with gs.open_file(path) as stored:
+        plot(stored, tmp_path / "a.png")
+    (figure,) = drawn
+    (title,) = (t for t in figure.findobj(matplotlib.text.Text) if ".bson: " in t.get_text())
+    found = title.get_window_extent()
+    assert found.x0 >= 0 and found.x1 <= figure.get_size_inches()[0] * figure.dpi
+
+
 def test_of_too_many_arrays_the_largest_are_drawn(tmp_path, drawn, monkeypatch):
     monkeypatch.setattr(module, "_MAX_ROWS", 30)
     many(tmp_path / "a.bson", 60)

@@ -460,3 +460,11 @@ def test_row_major_weights_of_a_layer_are_written_column_major(file, dtype, shap
         (entry,) = stored.arrays
         octets = file.read_bytes()[entry.offset : entry.offset + entry.nbytes]
     assert entry.order == "F" and octets == weight.T.tobytes()
+
+
+def test_a_save_of_nothing_is_refused_and_none_is_a_value(tmp_path):
+    gs.save(tmp_path / "a.bson", None)
+    before = (tmp_path / "a.bson").read_bytes()
+    with pytest.raises(gs.UnsupportedValueError, match="a value or named entries, found neither"):
+        gs.save(tmp_path / "a.bson")
+    assert (tmp_path / "a.bson").read_bytes() == before and gs.load(tmp_path / "a.bson") is None
