@@ -383,7 +383,8 @@ class Lifter:
         fields = self.children(content, path)
         rank = julia_type.params[1] if len(julia_type.params) > 1 else None
         shapes = [f for f in fields if isinstance(f, tuple) and all(type(n) is int for n in f)]
-        shape = next((s for s in shapes if len(s) == rank), shapes[0] if shapes else ())
+        fitting = [shape for shape in shapes if type(rank) is int and len(shape) == rank]
+        shape = next(iter(fitting + shapes), ())
         self.has_lost = True
         return LostArray(julia_type, shape, Struct(julia_type, fields))
 

@@ -60,7 +60,8 @@ def row_major_spec(julia_type: Any, parent: ArraySpec) -> ArraySpec | None:
     rank = params[1] if julia_type.name == PERMUTED else None
     if type(rank) is not int or len(parent.shape) != rank:
         return None
-    if params[2] != tuple(range(rank, 0, -1)) or is_of_both_orders(parent.shape):
+    is_reversed = type(params[2]) is tuple and params[2] == tuple(range(rank, 0, -1))
+    if not is_reversed or is_of_both_orders(parent.shape):
         return None
     shape, kept = parent.shape[::-1], (parent.device, parent.payload, parent.digest)
     return ArraySpec(parent.dtype, shape, "C", *kept)

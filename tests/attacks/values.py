@@ -90,6 +90,14 @@ KEPT: dict[str, tuple[str, Any]] = {
         "Elements of no bytes, as many as one likes",
         array_of([I(2**40)], b"", type_of("Core.Nothing")),
     ),
+    "an_order_of_dimensions_that_is_an_array": (
+        "To have it compared element by element",
+        struct_of(
+            "Base.PermutedDimsArrays.PermutedDimsArray",
+            array_of([I(2), I(2)], bytes(16)),
+            params=(type_of("Core.Float32"), I(2), b"ab", b"ab", type_of("Core.Any")),
+        ),
+    ),
     "an_array_of_unknown_elements": (
         "Memory of a type that nobody knows",
         array_of([I(2)], b"abcd", type_of("Main.Unknown")),
@@ -97,6 +105,14 @@ KEPT: dict[str, tuple[str, Any]] = {
 }
 for _name, (_what, _node) in KEPT.items():
     _register(_name, _what, _node)
+
+
+@attack(gs.DeviceDataLostError, uses=("loaded",))
+def a_pointer_whose_rank_is_an_array():
+    """A number of dimensions that is no number but compares with one, element by element."""
+    params = (type_of("Core.Float32"), b"ab")
+    lost = struct_of("CUDA.CuArray", tuple_of(I(2), I(3)), tuple_of(I(1), I(2)), params=params)
+    return bson.encode({"a": lost})
 
 
 @attack(gs.FormatError)
