@@ -32,11 +32,11 @@ def state(x: Any) -> Any:
     if isinstance(x, Struct) and not x.data:
         return ()
     below = {suffix[1:]: child for suffix, child in children(x)}
-    kind = getattr(x, "julia_kind", None)  # the layout that a layer has in its file
+    layout = getattr(x, "julia_kind", None)  # that a layer has in its file
     parts = [
         (_AS_JULIA.get(name, name), state(named_layers(name, child)))
         for name, child in below.items()
-        if kind is None or name in kind.fields
+        if layout is None or name in layout.fields
     ]
     return NamedTuple(parts) if below else ()
 
