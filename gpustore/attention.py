@@ -10,22 +10,27 @@ from typing import Any
 import numpy as np
 
 from gpustore.activations import identity
-from gpustore.errors import MismatchError
-from gpustore.layers import printed
+from gpustore.errors import MismatchError, UnsupportedValueError
+from gpustore.layers import Dense, glorot_uniform, printed
+from gpustore.normalisation import Dropout
 from gpustore.notebook import Shown
 
 
-@dataclass(repr=False, eq=False)
+@dataclass(init=False, repr=False, eq=False)
 class MultiHeadAttention(Shown):
     """Attention of several heads (Vaswani 2017): projections, and weights by their scaled products.
 
-    The projections are layers such as Dense without bias; `attn_drop` a Dropout or a function.
+    Made from sizes, `MultiHeadAttention(8, nheads=2)`, as in Flux: one for all, or those of the
+    inputs, of the heads together and of the output, `MultiHeadAttention(q_in, qk, out)`, where
+    the first may be (q_in, k_in, v_in), the second (qk, v), and the third is as v by default.
+    Or of its fields: `MultiHeadAttention(nheads, q_proj, k_proj, v_proj, attn_drop, out_proj)`,
+    where the projections are layers such as Dense without bias, `attn_drop` a Dropout or a
+    function.
+
     q (features, q_len, batch), and k and v (features, kv_len, batch) where they are not q, give the
     output (out, q_len, batch) and the attention (kv_len, q_len, nheads, batch).
 
-    >>> from gpustore import Dense
-    >>> parts = [Dense(8, 8, bias=False) for _ in range(4)]
-    >>> attend = MultiHeadAttention(2, *parts[:3], identity, parts[3])
+    >>> attend = MultiHeadAttention(8, nheads=2)
     >>> [part.shape for part in attend(np.ones((8, 5, 1), np.float32))]
     [(8, 5, 1), (5, 5, 2, 1)]
     """
@@ -36,6 +41,34 @@ class MultiHeadAttention(Shown):
     v_proj: Any
     attn_drop: Any
     out_proj: Any
+
+    def __init__(
+        self,
+        size: Any,
+        *parts: Any,
+        nheads: int = 8,
+        bias: bool = False,
+        init: Callable[..., Any] = glorot_uniform,
+        dropout_prob: float = 0.0,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        if len(parts) == 5:
+            self.nheads, self.q_proj, self.k_proj, self.v_proj = size, *parts[:3]
+            self.attn_drop, self.out_proj = parts[3:]
+            return
+        (q_in, k_in, v_in), (qk, v), out = _sizes(size, *parts)
+        if nheads < 1 or qk % nheads or v % nheads:
+            raise MismatchError(
+                f"MultiHeadAttention: expected sizes of the heads that {nheads} divides, found "
+                f"{qk} and {v}; give another nheads"
+            )
+
+        def project(n_in: int, n_out: int) -> Dense:
+            return Dense(n_in, n_out, bias=bias, init=init, rng=rng)
+
+        self.nheads, self.attn_drop = nheads, Dropout(dropout_prob)
+        self.q_proj, self.k_proj = project(q_in, qk), project(k_in, qk)
+        self.v_proj, self.out_proj = project(v_in, v), project(v, out)
 
     def __call__(
         self, q: Any, k: Any = None, v: Any = None, bias: Any = None, *, mask: Any = None
@@ -63,6 +96,20 @@ class MultiHeadAttention(Shown):
     def __repr__(self) -> str:
         sizes = getattr(getattr(self.q_proj, "weight", None), "shape", ("?",))
         return f"MultiHeadAttention({sizes[-1]}; nheads={self.nheads})"
+
+
+def _sizes(*given: Any) -> tuple[Any, Any, int]:
+    """Return sizes as Flux's three: of the inputs, of the heads, of the output."""
+    if len(given) > 3:
+        raise UnsupportedValueError(
+            "MultiHeadAttention: expected up to three sizes, or the number of heads and five "
+            f"parts, found {len(given)} arguments"
+        )
+    inputs = given[0]
+    heads = given[1] if len(given) > 1 else inputs
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,) * 3
+    heads = heads if isinstance(heads, tuple) else (heads,) * 2
+    return inputs, heads, given[2] if len(given) > 2 else heads[1]
 
 
 def dot_product_attention(

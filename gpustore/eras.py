@@ -7,6 +7,7 @@ era. Fields carry the names of today's Flux here, Greek letters as Python normal
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import NoneType
@@ -240,6 +241,16 @@ def _as_columns(state: Any) -> Any:
     return state.reshape(-1, 1) if getattr(state, "ndim", 0) == 1 else state
 
 
+def _of_recur(cell: Any) -> Any:
+    """Return a cell in the last layout that had a Recur around it, where no other was asked for."""
+    rows = [row for row in TABLE if row.cls is type(cell) and row.since != "0.15"]
+    if not rows or getattr(cell, "julia_kind", None) is not None:
+        return cell
+    cell = copy.copy(cell)
+    cell.julia_kind = rows[-1]
+    return cell
+
+
 def _recurrent() -> list[StructKind]:
     r = recurrent
     flat, state = (("state0", _start(1)),), (("state0", _start(2)),)
@@ -248,8 +259,8 @@ def _recurrent() -> list[StructKind]:
     rows = [
         _row("0.4", r.Recur, "cell init state", "cell", written=first),
         _row(
-            "0.12", r.Recur, "cell state", "cell", "state", turned=(("state", _as_columns),),
-            until="0.15",
+            "0.12", r.Recur, "cell state", "cell", "state",
+            turned=(("cell", _of_recur), ("state", _as_columns)), until="0.15",
         ),
         _row("0.5", r.RNNCell, "σ Wi Wh bias state0", "σ", "Wi", "bias", written=flat),
         _row("0.12", r.RNNCell, "σ Wi Wh bias state0", "σ", "Wi", "bias", "state0", written=state),

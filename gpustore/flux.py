@@ -246,6 +246,12 @@ def field_names(cls: type) -> tuple[str, ...] | None:
     return None
 
 
+def is_of_optimiser(julia_type: Any) -> bool:
+    """Whether a Julia struct is an optimiser, or the state of one."""
+    name = getattr(julia_type, "name", None)
+    return isinstance(name, str) and name.startswith(("Flux.Optimise.", "Optimisers."))
+
+
 def field_names_of(julia_type: Any, nfields: int) -> tuple[str, ...] | None:
     """Return the field names of a struct that has no class here, where they are known."""
     name = getattr(julia_type, "name", None)

@@ -7,36 +7,46 @@ from typing import Any
 import numpy as np
 
 from gpustore import devices
-from gpustore.julia import NamedTuple
+from gpustore.julia import NamedTuple, Struct
 from gpustore.tree import TrackedArray, arrays, children, copy_all, data, dtype_of_array, walk
 
 
 def state(x: Any) -> Any:
     """Return the model's values without its types, as `Flux.state`: NamedTuples, dicts and tuples.
 
-    Arrays (not copied), numbers, booleans and None stay; what has no values (a function) is ().
+    Arrays (not copied), numbers, booleans, texts and None stay; what has no values (a function) is
+    (). Named layers are a NamedTuple.
 
     >>> state([1.5, abs, None])
     (1.5, (), None)
     """
     if isinstance(x, TrackedArray):
         return x.data
-    if devices.is_array(x) or x is None or isinstance(x, (bool, int, float, complex, np.generic)):
+    if devices.is_array(x) or x is None or isinstance(x, _VALUES):
         return x
     if isinstance(x, dict):
         kind = NamedTuple if isinstance(x, NamedTuple) else dict
         return kind((key, state(child)) for key, child in x.items())
     if isinstance(x, (list, tuple)) and not hasattr(x, "_fields"):
         return tuple(state(child) for child in x)
-    below = children(x)
-    names = (suffix[1:] for suffix, _ in below)
+    if isinstance(x, Struct) and not x.data:
+        return ()
+    below = {suffix[1:]: child for suffix, child in children(x)}
+    layout = getattr(x, "julia_kind", None)  # that a layer has in its file
     parts = [
-        (_AS_JULIA.get(name, name), state(child))
-        for name, (_, child) in zip(names, below, strict=True)
+        (_AS_JULIA.get(name, name), state(named_layers(name, child)))
+        for name, child in below.items()
+        if layout is None or name in layout.fields
     ]
     return NamedTuple(parts) if below else ()
 
 
+def named_layers(name: str, part: Any) -> Any:
+    """Return a field as Julia holds it: layers with names, a dict in Python, are a NamedTuple."""
+    return NamedTuple(part) if name == "layers" and type(part) is dict else part
+
+
+_VALUES = (bool, int, float, complex, str, np.generic)
 _AS_JULIA = {"σ2": "σ²", "ε": "ϵ"}  # names of fields that Python spells otherwise
 _AS_PYTHON = {julia: python for python, julia in _AS_JULIA.items()}
 

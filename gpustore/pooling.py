@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -233,7 +233,7 @@ class Upsample(Shown):
 
     scale: Any
     size: Any
-    mode: Any = "nearest"
+    mode: Any = field(default="nearest", metadata={"leaf": True})  # a parameter of the type
 
     def __init__(self, mode: str = "nearest", *, scale: Any = None, size: Any = None) -> None:
         if mode not in ("nearest", "linear", "bilinear", "trilinear"):

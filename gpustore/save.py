@@ -17,8 +17,8 @@ from gpustore.dictionaries import is_document
 from gpustore.digest import hasher
 from gpustore.document import PAYLOAD_DIGEST, STRUCTURE_DIGEST, Payload, Plan, Slot
 from gpustore.errors import UnsupportedValueError
-from gpustore.flux import in_layout, kind_of
-from gpustore.julia import JuliaType
+from gpustore.flux import in_layout, is_of_optimiser, kind_of
+from gpustore.julia import JuliaType, Struct
 from gpustore.lower import Lowerer
 from gpustore.newfile import NewFile
 from gpustore.typeof import numpy_dtype
@@ -159,9 +159,11 @@ def plan_of(root: Any, *, tag_devices: bool, layout: str = "auto") -> Plan:
 
 
 def _surveyed(root: Any) -> tuple[set[int], frozenset[str]]:
-    """Return the ids of arrays that Julia holds column-major, as fields of layers; and a spelling.
+    """Return the ids of arrays that Julia holds column-major, and a spelling.
 
-    That is which of Core and Base the file these values came from calls Main's.
+    The arrays are fields of layers, or anywhere within optimisers: these expect the moments of a
+    weight in the type of the weight. The spelling is which of Core and Base the file these values
+    came from calls Main's.
     """
     ids: set[int] = set()
     spelling = root.spelling if isinstance(root, Entries) else None
@@ -169,6 +171,8 @@ def _surveyed(root: Any) -> tuple[set[int], frozenset[str]]:
         kind = kind_of(node)
         if kind is not None and kind.is_layer:
             ids.update(id(getattr(node, name, None)) for name in kind.fields)
+        elif type(node) is Struct and is_of_optimiser(node.type):
+            ids.update(id(array) for _, array in tree.arrays(tree.walk(node)))
         if spelling is None:
             spelling = _spelling_of(node)
     return ids, spelling or frozenset()

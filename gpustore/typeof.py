@@ -16,6 +16,7 @@ from gpustore import devices, dictionaries, flux
 from gpustore.document import int64
 from gpustore.dtypes import element_type_of, extension_dtype
 from gpustore.julia import JuliaType, LostArray, NamedTuple, OpaqueFunction, Struct, Symbol
+from gpustore.model_state import named_layers
 from gpustore.tree import TrackedArray
 from gpustore.values import (
     Char,
@@ -220,7 +221,7 @@ def field_of(value: Any, name: str) -> Any:
     part = getattr(value, name)
     for field, turn in kind.turned if kind else ():
         part = turn(part) if field == name else part
-    return NamedTuple(part) if name == "layers" and type(part) is dict else part
+    return named_layers(name, part)
 
 
 def is_plain(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +252,38 @@ def test_attention_is_the_formula(is_causal):
 
 
 # --- all of them ---
+
+
+def test_attention_is_made_from_sizes_as_flux_makes_it():
+    def sizes(layer):
+        parts = layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj
+        assert all(part.bias is False for part in parts) and layer.attn_drop.p == 0.0
+        return layer.nheads, *(part.weight.shape for part in parts)
+
+    assert sizes(gs.MultiHeadAttention(8)) == (8, *[(8, 8)] * 4)
+    assert sizes(gs.MultiHeadAttention(8, nheads=2)) == (2, *[(8, 8)] * 4)
+    assert sizes(gs.MultiHeadAttention(6, 8, nheads=2)) == (2, *[(8, 6)] * 3, (8, 8))
+    assert sizes(gs.MultiHeadAttention(6, (8, 4), 3, nheads=4)) == (
+        4, (8, 6), (8, 6), (4, 6), (3, 4)
+    )  # fmt: skip
+    layer = gs.MultiHeadAttention((6, 5, 7), (8, 4), 3, nheads=2)
+    assert sizes(layer) == (2, (8, 6), (8, 5), (4, 7), (3, 4))
+    out, weights = layer(normal(6, 2, 1), normal(5, 9, 1), normal(7, 9, 1))
+    assert out.shape == (3, 2, 1) and weights.shape == (9, 2, 2, 1)
+    biased = gs.MultiHeadAttention(
+        4, nheads=2, bias=True, init=lambda *shape: np.zeros(shape, "f4"), dropout_prob=0.5
+    )
+    assert biased.out_proj.bias.shape == (4,) and biased.attn_drop.p == 0.5
+    again = gs.MultiHeadAttention(
+        2, *(getattr(biased, f.name) for f in dataclasses.fields(biased)[1:])
+    )
+    assert again.q_proj is biased.q_proj and again.out_proj is biased.out_proj
+    for wrong in ((7,), (8, 7)):
+        with pytest.raises(gs.MismatchError, match="sizes of the heads that 2 divides"):
+            gs.MultiHeadAttention(*wrong, nheads=2)
+    with pytest.raises(gs.UnsupportedValueError, match="up to three sizes"):
+        gs.MultiHeadAttention(8, 8, 8, 8)
+
 
 MADE = {
     "BatchNorm": (gs.BatchNorm(3, gs.relu), (4, 3, 2)), "LayerNorm": (gs.LayerNorm(4), (4, 3)),

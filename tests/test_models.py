@@ -219,6 +219,23 @@ def test_the_state_of_a_new_recur_is_written_as_the_matrix_that_flux_starts_from
     assert found(np.ones((4, 2), np.float32)).shape == (3, 2)
 
 
+@pytest.mark.parametrize(
+    ("cell", "nfields"), [(gs.RNNCell, 5), (gs.LSTMCell, 4), (gs.GRUCell, 4), (gs.GRUv3Cell, 5)]
+)
+def test_a_cell_in_a_new_recur_has_the_layout_of_the_last_flux_with_a_recur(
+    tmp_path, cell, nfields
+):
+    recur = gs.Recur(cell(4, 3))
+    gs.save(tmp_path / "m.bson", model=gs.Chain(recur), alone=cell(4, 3))
+    found = gs.load(tmp_path / "m.bson")
+    inner = found["model"][0].cell
+    assert (len(inner.julia_kind.fields), inner.julia_kind.since[:4]) == (nfields, "0.13")
+    assert found["model"][0].julia_type.params[0] == inner.julia_type
+    assert found["alone"].julia_kind.since == "0.15"
+    x = np.ones((4, 2), np.float32)
+    np.testing.assert_array_equal(found["model"](x), recur(x))
+
+
 @pytest.mark.parametrize("file", sorted(WILD.glob("*.bson")), ids=lambda file: file.stem)
 def test_layers_of_other_peoples_files_have_the_types_the_table_gives(file):
     try:
@@ -244,6 +261,21 @@ def test_optimisers_are_read_by_the_names_of_their_fields(name):
             assert getattr(value, value.fields[0]) is value.data[0]
             seen += 1
     assert seen
+
+
+def test_arrays_within_an_optimiser_are_written_column_major_as_their_weights_are(tmp_path):
+    weight, moment = np.arange(6, dtype="f4").reshape(2, 3), np.ones((2, 3), "f4")
+    pairs = gs.Struct(JuliaType.named("Base.IdDict"), [[weight], [(moment, moment * 2)]])
+    adam = gs.Struct(JuliaType.named("Flux.Optimise.ADAM"), [0.01, (0.9, 0.999), pairs])
+    leaf_type = JuliaType.named("Optimisers.Leaf", *map(typeof.type_of, (None, moment)))
+    leaf = gs.Struct(leaf_type, [None, moment.copy()])
+    gs.save(tmp_path / "o.bson", adam=adam, leaf=leaf, weight=weight, other=moment.copy())
+    with gs.open_file(tmp_path / "o.bson") as stored:
+        orders = {array.path: array.order for array in stored.arrays}
+    assert orders.pop("other") == "C" and {*orders.values()} == {"F"} and len(orders) == 4
+    found = gs.load(tmp_path / "o.bson")
+    np.testing.assert_array_equal(found["adam"].data[2].data[1][0][1], moment * 2)
+    assert found["adam"].data[2].data[0][0] is found["weight"]
 
 
 # --- other people's models ---

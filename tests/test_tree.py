@@ -58,6 +58,29 @@ def test_state_is_nested_values_and_loadmodel_takes_it_or_a_model():
         assert np.array_equal(other[0].weight, chain[0].weight)
 
 
+def test_state_holds_named_layers_as_a_named_tuple_and_texts_as_they_are():
+    chain = gs.Chain(first=gs.Chain(a=gs.Dense(3, 2)), second=gs.Dense(2, 1))
+    values = gs.state({"model": chain, "name": "net"})
+    assert values["name"] == "net" and type(values) is dict
+    layers = values["model"]["layers"]
+    assert type(layers) is type(layers["first"]["layers"]) is gs.NamedTuple
+    other = gs.Chain(first=gs.Chain(a=gs.Dense(3, 2)), second=gs.Dense(2, 1))
+    assert np.array_equal(gs.loadmodel(other, values["model"])[1].weight, chain[1].weight)
+
+
+def test_state_has_the_fields_of_the_struct_of_a_file(tmp_path):
+    chain = gs.Chain(gs.Embedding(3, 2), gs.Dropout(0.5), gs.Upsample("bilinear", scale=2))
+    made = [list(part) for part in gs.state(chain)["layers"]]
+    assert made == [["weight", "padding_idx"], ["p", "dims", "active", "rng"], ["scale", "size"]]
+    gs.save(tmp_path / "old.bson", chain=chain, flux="0.14")
+    loaded = gs.load(tmp_path / "old.bson", "chain")
+    embedding, dropout, upsample = gs.state(loaded)["layers"]
+    assert (list(embedding), list(upsample)) == (["weight"], ["scale", "size"])
+    assert dict(dropout) == {"p": 0.5, "dims": (), "active": None, "rng": ()}
+    for target, source in ((chain, loaded), (loaded, chain)):
+        assert gs.loadmodel(target, gs.state(source)) is target
+
+
 def test_loadmodel_names_what_differs():
     with pytest.raises(gs.MismatchError, match=r"model\.layers\[0\]\.weight: expected shape"):
         gs.loadmodel(model(), gs.Chain(gs.Dense(4, 2), gs.Dense(2, 2, bias=False)))
