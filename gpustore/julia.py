@@ -86,7 +86,7 @@ class JuliaType(_Hashed):
             return False
         # Val{1} is not Val{true}
         pairs = zip(self.params, other.params, strict=False)
-        return len(self.params) == len(other.params) and all(_is_equal(a, b) for a, b in pairs)
+        return len(self.params) == len(other.params) and all(is_equal(a, b) for a, b in pairs)
 
     def __hash__(self) -> int:
         try:  # worked out once: types are the keys that writing looks up
@@ -120,7 +120,7 @@ class JuliaType(_Hashed):
             return False
         pairs = zip(self.params, other.params, strict=False)
         return len(self.params) == len(other.params) and all(
-            a.is_same(b) if isinstance(a, JuliaType) else _is_equal(a, b) for a, b in pairs
+            a.is_same(b) if isinstance(a, JuliaType) else is_equal(a, b) for a, b in pairs
         )
 
     def __repr__(self) -> str:
@@ -157,8 +157,10 @@ def _weight(part: Any) -> int:
     return _weight(part.type) if isinstance(part, Struct) else 1
 
 
-def _is_equal(a: Any, b: Any) -> bool:
+def is_equal(a: Any, b: Any) -> bool:
     """Whether two parameters are equal; arrays, which only a damaged file has there, never are."""
+    if type(a) is type(b) is tuple:
+        return len(a) == len(b) and all(map(is_equal, a, b))
     is_plain = isinstance(a, Hashable) and type(a) is type(b)
     return a is b or (is_plain and bool(a == b))
 

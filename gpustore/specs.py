@@ -15,7 +15,15 @@ from gpustore.digest import DIGEST_NBYTES
 from gpustore.document import Slot
 from gpustore.dtypes import dtype_of, extension_dtype
 from gpustore.errors import FormatError
-from gpustore.julia import PERMUTED, ArraySpec, JuliaType, OpaqueDocument, Struct, is_of_both_orders
+from gpustore.julia import (
+    PERMUTED,
+    ArraySpec,
+    JuliaType,
+    OpaqueDocument,
+    Struct,
+    is_equal,
+    is_of_both_orders,
+)
 from gpustore.values import JuliaArray
 
 MAX_RANK = 32
@@ -60,7 +68,7 @@ def row_major_spec(julia_type: Any, parent: ArraySpec) -> ArraySpec | None:
     rank = params[1] if julia_type.name == PERMUTED else None
     if type(rank) is not int or len(parent.shape) != rank:
         return None
-    is_reversed = type(params[2]) is tuple and params[2] == tuple(range(rank, 0, -1))
+    is_reversed = is_equal(params[2], tuple(range(rank, 0, -1)))
     if not is_reversed or is_of_both_orders(parent.shape):
         return None
     shape, kept = parent.shape[::-1], (parent.device, parent.payload, parent.digest)

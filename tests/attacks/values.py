@@ -98,6 +98,18 @@ KEPT: dict[str, tuple[str, Any]] = {
             params=(type_of("Core.Float32"), I(2), b"ab", b"ab", type_of("Core.Any")),
         ),
     ),
+    "an_order_of_dimensions_that_holds_an_array": (
+        "The same, one level down",
+        struct_of(
+            "Base.PermutedDimsArrays.PermutedDimsArray",
+            array_of([I(2), I(2)], bytes(16)),
+            params=(type_of("Core.Float32"), I(2), tuple_of(b"ab", I(1)), I(1), I(1)),
+        ),
+    ),
+    "a_dict_whose_type_holds_an_array": (
+        "The same in a type that is compared with the usual one",
+        struct_of("Base.Dict", [], [], params=(tuple_of(b"ab"), tuple_of(b"ab"))),
+    ),
     "an_array_of_unknown_elements": (
         "Memory of a type that nobody knows",
         array_of([I(2)], b"abcd", type_of("Main.Unknown")),
