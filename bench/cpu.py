@@ -122,7 +122,7 @@ def page_aligned(arrays: dict[str, Any]) -> Any:
 
 def rivals(folder: Path, arrays: dict[str, Any], layout: str = "auto") -> Figures:
     """Return what saving and loading of row-major arrays takes, here, there, and at least."""
-    ours, theirs, plain = (folder / name for name in ("ours", "theirs", "plain"))
+    ours, synced, theirs, plain = (folder / name for name in ("ours", "synced", "theirs", "plain"))
     numpys, torchs = optional("safetensors.numpy"), optional("safetensors.torch")
     gs.save(ours, arrays, durable=False, layout=layout)
     found = gs.load(ours, verify=True)
@@ -131,7 +131,7 @@ def rivals(folder: Path, arrays: dict[str, Any], layout: str = "auto") -> Figure
         "plain write": lambda: plain_write(plain, arrays),
         "plain durable write": lambda: plain_write(plain, arrays, is_durable=True),
         "save": lambda: gs.save(ours, arrays, durable=False, layout=layout),
-        "durable save": lambda: gs.save(ours, arrays, layout=layout),
+        "durable save": lambda: gs.save(synced, arrays, layout=layout),
         "load": lambda: gs.load(ours),
         "verified load": lambda: gs.load(ours, verify=True),
         "BLAKE3": lambda: [blake3_digest(array) for array in arrays.values()],

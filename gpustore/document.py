@@ -8,6 +8,8 @@ place of bytes that are to be streamed into the file. docs/format.md has the lay
 
 from __future__ import annotations
 
+import collections
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -155,9 +157,6 @@ def _attach(document: dict[str, Any], end: int, limit: int, scanner: Scanner) ->
     document. Those of rows are Slots already.
     """
     start = end
-    for first, _ in scanner.placed:
-        if first < end:
-            raise _misplaced(scanner.name, end, first)
     stack: list[Iterator[Any]] = [iter(document.values())]
     while stack:
         for node in stack[-1]:
@@ -167,9 +166,13 @@ def _attach(document: dict[str, Any], end: int, limit: int, scanner: Scanner) ->
             if type(node) is not dict:
                 continue
             data: Any = node.get("data")
-            if type(data) is dict and node.get("tag") == "array" and "offset" in data:
+            row = scanner.placed.get(id(node))
+            if row is not None:  # of which the rest lies as the first one does
+                data = Slot(row[1], row[2] - row[1])
+                collections.deque(itertools.islice(stack[-1], row[0] - 1), maxlen=0)
+            elif type(data) is dict and node.get("tag") == "array" and "offset" in data:
                 data = node["data"] = _slot(data, scanner.name)
-            elif type(data) is not Slot or data.offset < end:  # not detached
+            else:
                 stack.append(iter(node.values()))
                 break
             if data.offset < start or data.offset % 64:

@@ -21,6 +21,7 @@ from gpustore.layout import (
     DETACHED_TAIL,
     DIGEST_ELEMENT,
     INT32,
+    PAGE_NBYTES,
     ROW_NBYTES,
     Slot,
 )
@@ -45,7 +46,7 @@ def shared(nodes: Collection[Any]) -> Iterator[tuple[int, int]]:
     start, size = 0, None
     kind = outer = None
     for position, node in enumerate((*nodes, None)):
-        inner = array_in(node)
+        inner = node if type(node) is dict and "size" in node else array_in(node)
         own = inner.get("size") if type(inner) is dict else None
         is_of_row = own is not None and own is size and inner.get("type") is kind
         if not is_of_row or node.get("type") is not outer:
@@ -153,11 +154,12 @@ def _alike(matrix: Any, name: slice, fixed: list[slice]) -> int:
 
 
 def _is_placed_well(places: Any, nbytes: Any, offset: Any) -> bool:
-    """Whether 64-bit offsets of payloads are aligned, and each behind the one before."""
+    """Whether 64-bit offsets of payloads are aligned, and each soon after the one before."""
     are_64_bit = all(isinstance(n, int) and type(n) not in (int, bool) for n in (nbytes, offset))
     if not are_64_bit or not 0 <= nbytes <= ROW_NBYTES:
         return False
-    is_well: bool = (places[1:] - places[:-1] >= nbytes).all() and not (places % 64).any()
+    gaps = places[1:] - places[:-1] - nbytes
+    is_well: bool = (gaps >= 0).all() and (gaps < PAGE_NBYTES).all() and not (places % 64).any()
     return is_well and bool(places[0] >= 0)
 
 

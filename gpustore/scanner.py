@@ -45,7 +45,8 @@ class Scanner:
     def __init__(self, buffer: Any, name: str, slot_nbytes: int, origin: int = 0) -> None:
         self.buffer, self.name, self.slot_nbytes = buffer, name, slot_nbytes
         self.origin = origin  # where in the file the buffer begins
-        self.placed: list[tuple[int, int]] = []  # from where to where the payloads of rows lie
+        # id of a row's first node -> how many it has, and from where to where their payloads lie
+        self.placed: dict[int, tuple[int, int, int]] = {}
         int64()
 
     def where(self, position: int) -> str:
@@ -168,7 +169,7 @@ class Scanner:
         keys.extend(row.names)
         values.extend(row.nodes)
         if row.placed is not None:
-            self.placed.append(row.placed)
+            self.placed[id(row.nodes[0])] = len(row.nodes), *row.placed
         return row.end
 
     def name_end(self, position: int, limit: int) -> int:
