@@ -275,7 +275,8 @@ class Lifter:
 
     def struct(self, node: dict[str, Any], path: str) -> Any:
         last = self.row_major
-        is_like = last is not None and node.get("type") == last[0]
+        own = node.get("type")
+        is_like = last is not None and (own is last[0] or own == last[0])
         julia_type = last[1] if last and is_like else self.type_in(node, path)
         content = node.get("data")
         if type(content) is not list:

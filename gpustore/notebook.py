@@ -88,8 +88,11 @@ def _is_array(node: Any) -> bool:
 
 def leaf_text(node: Any) -> str:
     """Return what is said of a value without children."""
-    if hasattr(type(node), "element_type"):
-        return f"{as_julia_shows(node.element_type)} {tuple(node.shape)}, values lost on the GPU"
+    if hasattr(type(node), "element_type"):  # an array that is lost, or of no dtype
+        is_lost = hasattr(node, "struct")
+        element = node.element_type if is_lost else repr(node.element_type)
+        text = f"{as_julia_shows(element)} {tuple(node.shape)}"
+        return _short(text) + ", values lost on the GPU" * is_lost
     if _is_array(node):
         where = _device(node)
         return f"{node.dtype} {tuple(node.shape)}, {where}, {size_text(_nbytes(node))}"

@@ -22,6 +22,7 @@ _FOREIGN_KINDS = {
 _FIXED_NBYTES = {0x01: 8, 0x08: 1, 0x0A: 0, 0x10: 4, 0x12: 8}
 _EXTRA_NBYTES = {0x02: 4, 0x03: 0, 0x04: 0, 0x05: 5}  # beside those that their length says
 _MANY = 256  # elements, for which reading them in rows is faster
+_HEADED, _HEAD_NBYTES = ("array", "struct"), 4096
 
 
 def _twice(keys: list[str]) -> str:
@@ -47,6 +48,7 @@ class Scanner:
         self.origin = origin  # where in the file the buffer begins
         # id of a row's first node -> how many it has, and from where to where their payloads lie
         self.placed: dict[int, tuple[int, int, int]] = {}
+        self.heads: dict[bytes, dict[str, Any] | list[Any]] = {}  # decoded once, and shared
         int64()
 
     def where(self, position: int) -> str:
@@ -196,8 +198,14 @@ class Scanner:
         if start == end:
             return
         run = bytes(self.buffer[start:end])
-        framed = INT32.pack(len(run) + 5) + run + b"\0"
-        found = self.decode_whole(0, len(framed), is_array, framed, start - 4)
+        # a type, and a size, between the tag and the data of an array or a struct: many are alike
+        is_head = keys == ["tag"] and values[0] in _HEADED
+        found = self.heads.get(run) if is_head else None
+        if found is None:
+            framed = INT32.pack(len(run) + 5) + run + b"\0"
+            found = self.decode_whole(0, len(framed), is_array, framed, start - 4)
+            if is_head and len(run) <= _HEAD_NBYTES and len(self.heads) < _MANY:
+                self.heads[run] = found
         keys.extend(found if isinstance(found, dict) else [""] * len(found))
         values.extend(found.values() if isinstance(found, dict) else found)
 

@@ -10,7 +10,10 @@ import pytest
 
 import gpustore as gs
 from gpustore import eras, notebook
+from gpustore.julia import JuliaType
+from gpustore.notebook import leaf_text
 from gpustore.testing import fake_cuda
+from gpustore.values import JuliaArray
 
 
 class Page(HTMLParser):
@@ -133,3 +136,8 @@ def test_a_value_that_cannot_print_itself_is_named():
             raise ValueError("no")
 
     assert "Silent" in Page(gs.NamedTuple(a=Silent())._repr_html_()).text
+
+
+def test_an_array_of_no_dtype_shows_its_type_and_is_not_called_lost():
+    shown = leaf_text(JuliaArray(JuliaType.named("Core.Char"), (2,), b"a\0\0\0b\0\0\0"))
+    assert shown == "Char (2,)"
