@@ -106,6 +106,7 @@ def saved(folder: str, order: Order) -> dict[str, Any]:
 
 def main() -> None:
     folder = sys.argv[1]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where all is in background
     for line in sys.stdin:
         order, answer = Order(**json.loads(line)), os.path.join(folder, "answer")
         child = os.fork()
