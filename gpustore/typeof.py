@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from gpustore import devices, dictionaries, flux
 from gpustore.document import int64
 from gpustore.dtypes import element_type_of, extension_dtype
+from gpustore.errors import UnsupportedValueError
 from gpustore.julia import JuliaType, LostArray, NamedTuple, OpaqueFunction, Struct, Symbol
 from gpustore.model_state import named_layers
 from gpustore.tree import TrackedArray
@@ -217,11 +219,21 @@ def field_of(value: Any, name: str) -> Any:
     kind = flux.kind_of(value)
     for field, work_out in kind.written if kind else ():
         if field == name and _is_unset(value.__dict__.get(name)):
-            return work_out(value)
+            return _worked_out(value, name, work_out, value)
     part = getattr(value, name)
     for field, turn in kind.turned if kind else ():
-        part = turn(part) if field == name else part
+        part = _worked_out(value, name, turn, part) if field == name else part
     return named_layers(name, part)
+
+
+def _worked_out(value: Any, name: str, make: Callable[[Any], Any], given: Any) -> Any:
+    try:
+        return make(given)
+    except (AttributeError, TypeError, ValueError, LookupError) as error:
+        raise UnsupportedValueError(
+            f"{type(value).__name__}.{name}: what is written cannot be worked out ({error}); set the "
+            "layer's fields to what Flux has there"
+        ) from error
 
 
 def is_plain(value: Any) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gpustore as gs
-from gpustore import Chain, Dense, functions, tree
+from gpustore import Chain, Dense, eras, functions, tree
 
 RNG = np.random.default_rng(0)
 
@@ -373,3 +373,12 @@ def test_a_state_is_loaded_into_another_layer(name):
     x = normal(*shape)
     for a, b in zip(outputs(copied, x), outputs(layer, x), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_recurrent_layer_without_a_cell_is_refused_on_saving(tmp_path):
+    layer = gs.Recur(gs.RNNCell(2, 3))
+    rows = [row for row in eras.TABLE if row.cls is gs.Recur and row.since == "0.4"]
+    (layer.julia_kind,) = rows
+    layer.cell = None
+    with pytest.raises(gs.UnsupportedValueError, match=r"Recur\.init: what is written cannot"):
+        gs.save(tmp_path / "a.bson", layer=layer)
