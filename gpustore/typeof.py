@@ -231,8 +231,8 @@ def _worked_out(value: Any, name: str, make: Callable[[Any], Any], given: Any) -
         return make(given)
     except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise UnsupportedValueError(
-            f"{type(value).__name__}.{name}: what is written cannot be worked out ({error}); set the "
-            "layer's fields to what Flux has there"
+            f"{type(value).__name__}.{name}: what is written cannot be worked out ({error}); set "
+            "the layer's fields to what Flux has there"
         ) from error
 
 
