@@ -22,6 +22,8 @@ _FOREIGN_KINDS = {
 _FIXED_NBYTES = {0x01: 8, 0x08: 1, 0x0A: 0, 0x10: 4, 0x12: 8}
 _EXTRA_NBYTES = {0x02: 4, 0x03: 0, 0x04: 0, 0x05: 5}  # beside those that their length says
 _MANY = 256  # elements, for which reading them in rows is faster
+# what the codec raises beside its own; SystemError that of PyMongo 4.6 for a binary's subtype
+_REFUSALS = (ValueError, OverflowError, RecursionError, SystemError)
 _HEADED, _HEAD_NBYTES = ("array", "struct"), 4096
 
 
@@ -279,7 +281,7 @@ class Scanner:
         try:  # an array as a document: its names need not be numbers from 0 on
             decoded: dict[str, Any] = bson.decode(octets)
             is_same = _is_same(octets, bson.encode(decoded))
-        except (bson.errors.BSONError, ValueError, OverflowError, RecursionError) as error:
+        except (bson.errors.BSONError, *_REFUSALS) as error:
             raise self.malformed(origin + start, f"PyMongo's codec says: {error}") from error
         if not is_same:  # of a key given twice it takes the last, and an undefined for a null
             Scanner(source, self.name, 0, origin).document(start, end, 0, is_array)

@@ -98,7 +98,7 @@ def test_golden_values_of_julia_are_those_of_the_fixtures(name):
 def test_golden_layers_of_each_era_give_the_outputs_of_today(era):
     found, made = loaded(f"v1_flux{era.replace('.', '')}.bson")["model"], make_more.layers()
     x = np.random.default_rng(0).normal(size=(6, 6, 1, 2)).astype("f4")
-    assert np.array_equal(found(x), made(x))
+    assert np.allclose(found(x), made(x), rtol=1e-5, atol=1e-6)  # memory orders differ
     assert repr(found) == repr(made)
 
 
