@@ -266,7 +266,7 @@ class StoredFile(Mapping[str, Any]):
     def _part(self, name: str) -> dict[str, Any]:
         """Return what one entry needs of the document; the whole of it where that is not known."""
         parts = self._parts
-        if parts is None or name not in parts or "tag" in parts:
+        if parts is None or name not in parts or name in RESERVED or "tag" in parts:
             return self._content
         return parts.document(name, "_backrefs")
 

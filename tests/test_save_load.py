@@ -295,6 +295,8 @@ def test_opening_a_file_lists_no_array_until_asked(file):
     file.write_bytes(bson.encode(content))
     with gs.open_file(file) as stored:
         assert list(stored) == ["good", "bad"] and "missing" not in stored
+        with pytest.raises(gs.EntryNotFoundError, match="found entries good, bad"):
+            stored["_gpustore"]
         assert stored["good"].tolist() == [1, 1, 1]
         with pytest.raises(gs.FormatError, match="bad: expected a backref from 1 to 0, found 9"):
             stored.arrays  # noqa: B018
