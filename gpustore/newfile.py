@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
 _DIRECT_NBYTES = 32 * 1024 * 1024  # durable files from this size on go past the page cache
-_DIRECT_PIECE_NBYTES = 1024 * 1024  # in pieces from this size on
 _BLOCK_NBYTES = 4096  # of positions, sizes and addresses; no disk asks for more
+_HUGE_NBYTES = 2 * 1024 * 1024
 _STAGE_NBYTES = 4 * 1024 * 1024
 _STAGES = 4
+_CACHED_NBYTES = 64 * 1024  # copied and then hashed
 _THREADS = 2
 _NO_FALLOCATE = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -27,7 +28,7 @@ _NO_FALLOCATE = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 class NewFile:
     """The file that is being written in the place of another; `written` counts its bytes."""
 
-    __slots__ = ("_nbytes", "descriptor", "direct", "target", "written")
+    __slots__ = ("_nbytes", "_position", "descriptor", "direct", "target", "written")
 
     def __init__(
         self,
@@ -37,32 +38,28 @@ class NewFile:
         direct: DirectWriter | None = None,
     ) -> None:
         self.descriptor, self._nbytes, self.target = descriptor, nbytes, target
-        self.direct, self.written = direct, 0
+        self.direct, self.written, self._position = direct, 0, 0
 
-    def write(self, buffer: Any) -> None:
-        """Append all bytes of a C-contiguous buffer of any dtype."""
+    def write(self, buffer: Any, hasher: Any = None) -> None:
+        """Append all bytes of a C-contiguous buffer of any dtype, and update the `hasher`."""
         flat = np.frombuffer(buffer, np.uint8)
-        done, octets = self._write_directly(flat), flat.data
-        while done < octets.nbytes:  # one call writes 2 GiB at most, and less where it likes
-            with self._explained():
-                count = os.write(self.descriptor, octets[done:])
-                if count == 0:
-                    raise OSError(errno.EIO, "the file system took no bytes")
-            done += count
-        self.written += done
-
-    def _write_directly(self, flat: Any) -> int:
-        """Write the whole blocks of much that begins at one past the page cache; say how many."""
-        if self.direct is None or flat.size < _DIRECT_PIECE_NBYTES:
-            return 0
         with self._explained():
-            position = os.lseek(self.descriptor, 0, os.SEEK_CUR)
-            if position % _BLOCK_NBYTES:
-                return 0
-            nbytes = flat.size - flat.size % _BLOCK_NBYTES
-            self.direct.write(flat[:nbytes], position)
-            os.lseek(self.descriptor, nbytes, os.SEEK_CUR)
-        return int(nbytes)
+            if self.direct is not None:
+                self.direct.write(flat, self._position, hasher)
+            else:
+                self._write_plainly(flat.data)
+                if hasher is not None:
+                    hasher.update(flat.data)
+        self._position += flat.size
+        self.written += flat.size
+
+    def _write_plainly(self, octets: memoryview) -> None:
+        done = 0
+        while done < octets.nbytes:  # one call writes 2 GiB at most, and less where it likes
+            count = os.write(self.descriptor, octets[done:])
+            if count == 0:
+                raise OSError(errno.EIO, "the file system took no bytes")
+            done += count
 
     def write_at(self, buffer: Any, position: int) -> None:
         """Write all bytes of a flat buffer of bytes at this place; `skip` counts them later.
@@ -85,14 +82,15 @@ class NewFile:
 
     def skip(self, nbytes: int) -> None:
         """Go on writing after bytes that `write_at` has written here."""
-        with self._explained():
-            os.lseek(self.descriptor, nbytes, os.SEEK_CUR)
+        self.seek(self._position + nbytes)
         self.written += nbytes
 
     def seek(self, position: int) -> None:
         """Go on writing at this byte of the file."""
-        with self._explained():
-            os.lseek(self.descriptor, position, os.SEEK_SET)
+        self._position = position
+        if self.direct is None:
+            with self._explained():
+                os.lseek(self.descriptor, position, os.SEEK_SET)
 
     def reserve(self) -> None:
         """Have the space set aside: writing is faster, and a full disk shows before the work."""
@@ -144,56 +142,104 @@ class NewFile:
 
 
 class DirectWriter:
-    """Writes whole blocks past the page cache (O_DIRECT): how much data reaches the disk soonest.
+    """Writes past the page cache (O_DIRECT): how much data reaches the disk soonest.
 
-    The kernel takes them from page-aligned memory only, so pieces are copied into a few buffers of
-    such memory and written from there by threads, while the next ones are filled. The `plain`
-    descriptor takes what the file system refuses.
+    The kernel takes whole blocks from page-aligned memory only, so all is copied into a few buffers
+    of such memory and written from there by threads, while the next ones are filled. Parts of
+    blocks, at the ends and beside places that were left out, go to the `plain` descriptor last:
+    written in between, they would wait for all that is under way. So does what the file system
+    refuses.
     """
 
     def __init__(self, descriptor: int, plain: int, threads: ThreadPoolExecutor) -> None:
         self._descriptors, self._threads = (descriptor, plain), threads
         self._stages: deque[tuple[Any, Future[None] | None]] = deque()
+        # of the first stage: where in the file it lies, and what of it is filled
+        self._base, self._filled = 0, slice(0, 0)
+        self._edges: list[tuple[int, Any]] = []
 
-    def write(self, octets: Any, position: int) -> None:
-        """Have flat octets written at `position`; both are multiples of _BLOCK_NBYTES.
+    def write(self, octets: Any, position: int, hasher: Any = None) -> None:
+        """Have flat octets written at `position`, and the `hasher` updated with them.
 
-        They have been copied when this returns. Errors come from later calls, or `drain`.
+        They have been copied when this returns, in pieces that are hashed while they lie in the
+        core's cache. Errors come from later calls, or `drain`.
         """
+        if position != self._base + self._filled.stop:
+            self._submit()
+            first = position % _BLOCK_NBYTES
+            self._base, self._filled = position - first, slice(first, first)
+        done = 0
+        while done < octets.size:
+            first, last = self._filled.start, self._filled.stop
+            copied = self._stage()[last : last + min(octets.size - done, _CACHED_NBYTES)]
+            np.copyto(copied, octets[done : done + copied.size])
+            if hasher is not None:
+                hasher.update(copied.data)
+            self._filled = slice(first, last + copied.size)
+            done += copied.size
+            if self._filled.stop == _STAGE_NBYTES:
+                self._submit()
+
+    def _stage(self) -> Any:
+        """Return the memory of the first stage, waiting until it may be filled."""
         if not self._stages:
-            stages = [mmap.mmap(-1, _STAGE_NBYTES) for _ in range(_STAGES)]
-            self._stages.extend((np.frombuffer(stage, np.uint8), None) for stage in stages)
-        for start in range(0, octets.size, _STAGE_NBYTES):
-            piece = octets[start : start + _STAGE_NBYTES]
-            stage, writing = self._stages[0]
-            if writing is not None:
-                writing.result()
-            np.copyto(stage[: piece.size], piece)
-            writing = self._threads.submit(self.write_from, stage[: piece.size], position + start)
+            whole = _aligned_memory(_STAGES * _STAGE_NBYTES).reshape(_STAGES, -1)
+            self._stages.extend((stage, None) for stage in whole)
+        stage, writing = self._stages[0]
+        if writing is not None:
+            writing.result()
+            self._stages[0] = stage, None
+        return stage
+
+    def _submit(self) -> None:
+        """Have the whole blocks of the first stage written, and go on with the next one."""
+        first, last = self._filled.start, self._filled.stop
+        base, self._base, self._filled = self._base, self._base + last, slice(0, 0)
+        if first == last:
+            return
+        stage = self._stage()
+        start = min(-(-first // _BLOCK_NBYTES) * _BLOCK_NBYTES, last)
+        stop = max(last - last % _BLOCK_NBYTES, start)
+        edges = (first, start), (stop, last)
+        self._edges += [(base + one, bytes(stage[one:end])) for one, end in edges if one < end]
+        if start < stop:
+            writing = self._threads.submit(self.write_from, stage[start:stop], base + start)
             self._stages[0] = stage, writing
             self._stages.rotate(-1)
 
-    def write_from(self, aligned: Any, position: int) -> None:
-        """Write whole blocks from page-aligned memory, by the thread that calls."""
-        done, descriptors = 0, iter(self._descriptors)
-        descriptor = next(descriptors)
-        while done < aligned.size:
+    def write_from(self, octets: Any, position: int, *, past: bool = True) -> None:
+        """Write octets by the thread that calls, `past` the page cache: blocks in whole pages."""
+        done = 0
+        while done < octets.size:
             try:
-                count = os.pwrite(descriptor, aligned[done:].data, position + done)
+                count = os.pwrite(self._descriptors[not past], octets[done:].data, position + done)
             except OSError as error:
-                if error.errno != errno.EINVAL or descriptor == self._descriptors[-1]:
+                if error.errno != errno.EINVAL or not past:
                     raise
-                descriptor = next(descriptors)
+                past = False
                 continue
             if count == 0:
                 raise OSError(errno.EIO, "the file system took no bytes")
             done += count
 
     def drain(self) -> None:
-        """Wait until all is written, and raise what went wrong."""
+        """Have all written that was not yet, wait for it, and raise what went wrong."""
+        self._submit()
         for _, writing in self._stages:
             if writing is not None:
                 writing.result()
+        for position, edge in self._edges:
+            self.write_from(np.frombuffer(edge, np.uint8), position, past=False)
+
+
+def _aligned_memory(nbytes: int) -> Any:
+    """Return fresh octets that begin at a page, a huge one where there are: fewer to pin."""
+    memory = mmap.mmap(-1, nbytes + _HUGE_NBYTES)
+    with contextlib.suppress(AttributeError, OSError):  # not Linux; a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    octets = np.frombuffer(memory, np.uint8)
+    first = -octets.ctypes.data % _HUGE_NBYTES
+    return octets[first : first + nbytes]
 
 
 def _is_aligned(octets: Any, position: int) -> bool:

@@ -210,12 +210,9 @@ def write_plan(
     path: str | os.PathLike[str], plan: Plan, durable: bool, progress: Progress | None
 ) -> None:
     """Stream a plan into a new file at `path`, filling in the digests on the way."""
-    is_large = any(
-        payload.nbytes >= BESIDE_NBYTES for payload in plan.payloads if payload.make_row is None
-    )
     with (
         storage.replacing(path, nbytes=plan.nbytes, durable=durable) as file,
-        _hashing_thread() if is_large else contextlib.nullcontext() as beside,
+        _hashing_thread(plan, file) as beside,
     ):
         out = _Output(file, plan.nbytes, progress)
         _write_device_arrays(file, out, plan)
@@ -237,8 +234,12 @@ def _write_device_arrays(file: NewFile, out: _Output, plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def _hashing_thread() -> Iterator[ThreadPoolExecutor]:
-    """Give one thread that hashes while another writes."""
+def _hashing_thread(plan: Plan, file: NewFile) -> Iterator[ThreadPoolExecutor | None]:
+    """Give one thread that hashes while another writes; None where it does not pay."""
+    large = (p for p in plan.payloads if p.make_row is None and p.nbytes >= BESIDE_NBYTES)
+    if file.direct is not None or not any(large):  # a direct file hashes what it copies
+        yield None
+        return
     from concurrent.futures import ThreadPoolExecutor  # 10 ms, for large arrays only
 
     with ThreadPoolExecutor(1, "gpustore-hashing") as beside:
@@ -246,12 +247,10 @@ def _hashing_thread() -> Iterator[ThreadPoolExecutor]:
 
 
 def _stream(payload: Payload, out: _Output, beside: ThreadPoolExecutor | None, into: Any) -> None:
-    """Write the chunks of a payload and hash them, large ones on the thread beside."""
+    """Write the chunks of a payload and hash them, large ones on the thread beside if any."""
     for chunk in payload.chunks():
         if into is None or beside is None or chunk.nbytes < BESIDE_NBYTES:
-            if into is not None:
-                into.update(chunk)
-            out.write(chunk)
+            out.write(chunk, into)
             continue
         hashing = beside.submit(into.update, chunk)
         try:
@@ -268,8 +267,7 @@ def _stream_hashed(payload: Payload, out: _Output, beside: ThreadPoolExecutor | 
         _stream(payload, out, beside, None)
     if payload.digest is not None:
         return payload.digest
-    # one thread where another one writes, else as many as pay
-    own = hasher(payload.nbytes, threads=None if beside is None else 1)
+    own = hasher()
     _stream(payload, out, beside, own)
     return own.digest()
 
@@ -334,13 +332,15 @@ class _Output:
         self.file, self.nbytes, self.progress = file, nbytes, progress
         self.done, self.gathered = 0, bytearray()
 
-    def write(self, piece: Any) -> None:
+    def write(self, piece: Any, hasher: Any = None) -> None:
         view = memoryview(piece)
         if len(self.gathered) + view.nbytes < _GATHER_NBYTES:
             self.gathered += view
+            if hasher is not None:
+                hasher.update(view)
             return
         self.flush()
-        self.file.write(view)
+        self.file.write(view, hasher)
         self.report(view.nbytes)
 
     def flush(self) -> None:

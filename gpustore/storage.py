@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
@@ -19,6 +20,7 @@ import numpy as np
 from gpustore.errors import FormatError, TruncatedFileError, UnsupportedValueError
 from gpustore.newfile import NewFile, direct_writer
 
+_SLOWLY_FREED_NBYTES = 32 * 1024 * 1024
 # of <sys/mman.h>; Python has the name from 3.13 on
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
@@ -182,8 +184,8 @@ def replacing(
     """Give a NewFile that takes the place of `path` once `nbytes` bytes have been written.
 
     It is a temporary in the same folder; with `durable` it is written past the page cache where it
-    is large, synced, renamed over the target, and
-    the folder synced. The permissions are those of the file replaced, or what the umask says. A
+    is large, synced, renamed over the target, and the folder synced. The permissions are those of
+    the file replaced, or what the umask says; its space is freed by a thread where it is large. A
     symlink stays, its target is replaced. On any error the old file is as it was and the temporary
     gone; only if syncing the folder fails is the new file already in place.
 
@@ -194,28 +196,32 @@ def replacing(
     ...     os.listdir(folder)
     ['new']
     """
-    target, mode = _resolved(path)
+    target, old = _resolved(path)
     temporary = _temporary_beside(target)
     with contextlib.suppress(OSError):  # a folder that cannot be listed
         _remove_stale(target)
-    try:
-        with contextlib.ExitStack() as held:
-            with _created(temporary, target, mode) as descriptor:
-                if os.name == "posix":  # keeps the lock until the file has its name
-                    held.callback(_let_go, os.dup(descriptor))
-                past = direct_writer(temporary, descriptor, nbytes if durable else 0)
-                with past as writer:
-                    file = NewFile(descriptor, nbytes, target, writer)
-                    file.reserve()
-                    yield file
-                    file.finish(durable=durable)
-            os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the error that led here matters more
-            os.unlink(temporary)
-        raise
-    if durable:
-        _sync_folder(os.path.dirname(target))
+    _wait_for_freeing()
+    with contextlib.ExitStack() as freed:
+        try:
+            with contextlib.ExitStack() as held:
+                with _created(temporary, target, old) as descriptor:
+                    if os.name == "posix":  # keeps the lock until the file has its name
+                        held.callback(_let_go, os.dup(descriptor))
+                    past = direct_writer(temporary, descriptor, nbytes if durable else 0)
+                    with past as writer:
+                        file = NewFile(descriptor, nbytes, target, writer)
+                        file.reserve()
+                        yield file
+                        file.finish(durable=durable)
+                if old is not None and old.st_size >= _SLOWLY_FREED_NBYTES:
+                    freed.enter_context(_freed_beside(target))
+                os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the error that led here matters more
+                os.unlink(temporary)
+            raise
+        if durable:
+            _sync_folder(os.path.dirname(target))
 
 
 @contextlib.contextmanager
@@ -224,10 +230,10 @@ def replacing_by_name(path: str | bytes | os.PathLike[str]) -> Iterator[str]:
 
     It is synced and renamed as in `replacing`; on any error the old file is as it was.
     """
-    target, mode = _resolved(path)
+    target, old = _resolved(path)
     temporary = _temporary_beside(target)
     try:
-        with _created(temporary, target, mode) as descriptor:
+        with _created(temporary, target, old) as descriptor:
             yield temporary
             os.fsync(descriptor)
         os.replace(temporary, target)
@@ -238,8 +244,8 @@ def replacing_by_name(path: str | bytes | os.PathLike[str]) -> Iterator[str]:
     _sync_folder(os.path.dirname(target))
 
 
-def _resolved(path: str | bytes | os.PathLike[str]) -> tuple[str, int | None]:
-    """Return the path with its links followed, and the permissions of the file that is there.
+def _resolved(path: str | bytes | os.PathLike[str]) -> tuple[str, os.stat_result | None]:
+    """Return the path with its links followed, and the status of the file that is there.
 
     Refuses all but regular files and new names.
     """
@@ -248,16 +254,16 @@ def _resolved(path: str | bytes | os.PathLike[str]) -> tuple[str, int | None]:
         raise _is_a_folder(name)
     target = os.path.realpath(name)
     try:
-        mode = os.stat(target).st_mode
+        old = os.stat(target)
     except FileNotFoundError:
         return target, None
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(old.st_mode):
         raise _is_a_folder(name)
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(old.st_mode):
         raise UnsupportedValueError(
             f"{name}: expected a regular file or a new name, found a device, pipe or socket"
         )
-    return target, mode & 0o777
+    return target, old
 
 
 def _temporary_beside(target: str) -> str:
@@ -298,8 +304,9 @@ def _lock(descriptor: int, *, wait: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _created(temporary: str, target: str, mode: int | None) -> Iterator[int]:
-    """Give the descriptor of a new file of this mode, or of what the umask makes of None."""
+def _created(temporary: str, target: str, old: os.stat_result | None) -> Iterator[int]:
+    """Give the descriptor of a new file with the permissions of `old`, or those of the umask."""
+    mode = None if old is None else old.st_mode & 0o777
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     for name in ("O_NOFOLLOW", "O_BINARY"):  # Python itself adds O_CLOEXEC
         flags |= getattr(os, name, 0)
@@ -335,6 +342,40 @@ def _sync_folder(folder: str) -> None:
             raise OSError(error.errno, sentence, folder) from error
     finally:
         _let_go(descriptor)
+
+
+@contextlib.contextmanager
+def _freed_beside(path: str) -> Iterator[None]:
+    """Keep a file that loses its name in here until the end, and free its space by a thread.
+
+    A file system takes about 0.1 s to free 1 GiB.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except OSError:  # not ours to read, or gone
+        yield
+        return
+    try:
+        yield
+    finally:
+        freeing = threading.Thread(target=_let_go, args=(descriptor,), name="gpustore-freeing")
+        try:
+            freeing.start()
+            _freeing.append(freeing)
+        except RuntimeError:  # the interpreter is about to end
+            _let_go(descriptor)
+
+
+def _wait_for_freeing() -> None:
+    """Wait until the space of files that were replaced is free, and no thread frees any."""
+    with contextlib.suppress(IndexError):
+        while True:
+            _freeing.pop().join()
+
+
+_freeing: list[threading.Thread] = []
+if hasattr(os, "register_at_fork"):  # a child would keep the descriptor, and so the space
+    os.register_at_fork(before=_wait_for_freeing)
 
 
 def _let_go(descriptor: int) -> None:

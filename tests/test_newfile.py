@@ -8,9 +8,12 @@ import os
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import gpustore as gs
 from gpustore import newfile, storage
+from gpustore.digest import blake3_digest, hasher
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="there is no O_DIRECT here")
 ARRAYS = {
@@ -125,6 +128,26 @@ def test_an_interrupt_cleans_up(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         saved(tmp_path / "a.bson", progress=interrupt)
     assert not os.listdir(tmp_path)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 20_000), min_size=1, max_size=12), st.randoms())
+def test_pieces_of_any_size_in_any_order_are_the_bytes_of_the_file(
+    tmp_path, monkeypatch, sizes, order
+):
+    monkeypatch.setattr(newfile, "_STAGE_NBYTES", 8192)
+    monkeypatch.setattr(newfile, "_DIRECT_NBYTES", 1)
+    octets = np.arange(sum(sizes), dtype="u4").view("u1")[: sum(sizes)]
+    stops = np.cumsum(sizes).tolist()
+    pieces = [(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+    order.shuffle(pieces)
+    with storage.replacing(tmp_path / "a", nbytes=octets.size) as file:
+        for start, stop in pieces:
+            own = hasher()
+            file.seek(start)
+            file.write(octets[start:stop], own)
+            assert own.digest() == blake3_digest(octets[start:stop])
+    assert (tmp_path / "a").read_bytes() == octets.tobytes()
 
 
 def test_what_lies_aligned_is_written_from_where_it_is(tmp_path, calls):

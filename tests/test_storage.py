@@ -16,6 +16,7 @@ import shutil
 import socket
 import stat
 import sys
+import threading
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -410,6 +411,79 @@ def test_a_folder_that_cannot_be_synced_is_told_and_the_new_file_is_there(
     else:
         write(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"new" and os.listdir(tmp_path) == ["f"]
+
+
+@pytest.fixture
+def freed_beside(monkeypatch):
+    """What is replaced is freed by a thread, however small it is; gives what says whether it is."""
+    monkeypatch.setattr(storage, "_SLOWLY_FREED_NBYTES", 1)
+    links = Path("/proc/self/fd")
+    if not links.exists():
+        pytest.skip("there is no /proc here")
+
+    def held(path):
+        found = [os.readlink(link) for link in map(str, links.iterdir()) if os.path.islink(link)]
+        return [name for name in found if name.startswith(str(path))]
+
+    yield held
+    storage._wait_for_freeing()
+
+
+def test_what_is_replaced_is_freed_by_a_thread_for_which_the_next_one_waits(
+    tmp_path, monkeypatch, freed_beside
+):
+    let_go, gate = storage._let_go, threading.Event()
+
+    def gated(descriptor):
+        if threading.current_thread().name == "gpustore-freeing":
+            gate.wait(60)
+        let_go(descriptor)
+
+    monkeypatch.setattr(storage, "_let_go", gated)
+    write(tmp_path / "f", b"old")
+    assert not freed_beside(tmp_path)
+    write(tmp_path / "f", b"new")
+    assert freed_beside(tmp_path) == [f"{tmp_path / 'f'} (deleted)"]
+    assert (tmp_path / "f").read_bytes() == b"new"
+    gate.set()
+    write(tmp_path / "g", b"another")
+    assert not freed_beside(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_keeps_no_file_that_was_replaced(tmp_path, freed_beside):
+    for content in (b"old", b"new"):
+        write(tmp_path / "f", content)
+    child = os.fork()
+    if child == 0:
+        os._exit(len(freed_beside(tmp_path)))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_what_is_replaced_is_freed_at_once_where_no_thread_starts(
+    tmp_path, monkeypatch, freed_beside
+):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for content in (b"old", b"new"):
+        write(tmp_path / "f", content)
+    assert not freed_beside(tmp_path) and (tmp_path / "f").read_bytes() == b"new"
+
+
+def test_a_file_that_may_not_be_read_is_replaced_all_the_same(tmp_path, monkeypatch, freed_beside):
+    write(tmp_path / "f", b"old")
+    real = os.open
+
+    def refuse(path, flags, *mode):
+        if str(path) == str(tmp_path / "f"):
+            raise PermissionError(errno.EACCES, "not yours to read", path)
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    write(tmp_path / "f", b"new")
+    assert not freed_beside(tmp_path) and (tmp_path / "f").read_bytes() == b"new"
 
 
 # --- other kinds ---
