@@ -21,14 +21,15 @@ from gpustore.values import Origin, origin_of
 
 def lower(lowerer: Any, container: Any, key: Any, value: Any, path: str) -> None:
     """Lower an array of any device into container[key], in Julia's memory order or turned to it."""
-    if not_dense := _not_dense(value):
+    is_plain = type(value) is np.ndarray
+    if not is_plain and (not_dense := _not_dense(value)):
         raise lowerer.refuse(path, value, not_dense)
-    dtype = numpy_dtype(value)
+    dtype = value.dtype if is_plain else numpy_dtype(value)
     known = lowerer.kinds.get(dtype) or element_type_of(dtype)
     if known is None:
         raise lowerer.refuse(path, value, _advice(dtype))
     lowerer.kinds[dtype] = known
-    if hasattr(value, "mask") and isinstance(value, np.ndarray):
+    if not is_plain and hasattr(value, "mask") and isinstance(value, np.ndarray):
         raise lowerer.refuse(path, value, "its mask would be lost; save .data and .mask")
     twin = origin_of(value)
     if twin is not None:

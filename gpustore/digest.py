@@ -33,6 +33,8 @@ def blake3_digest(buffer: Any, *, threads: int | None = None) -> bytes:
     >>> blake3_digest(b"").hex()[:16]
     'af1349b9f5f9a1a6'
     """
+    if type(buffer) is bytes and len(buffer) < _THREADED_NBYTES:
+        return blake3(buffer).digest()
     octets = np.frombuffer(buffer, np.uint8).data  # memoryview.cast takes not every dtype
     return hasher(octets.nbytes, threads=threads).update(octets).digest()
 

@@ -172,6 +172,9 @@ def _attach(document: dict[str, Any], end: int, limit: int, scanner: Scanner) ->
                 collections.deque(itertools.islice(stack[-1], row[0] - 1), maxlen=0)
             elif type(data) is dict and node.get("tag") == "array" and "offset" in data:
                 data = node["data"] = _slot(data, scanner.name)
+            elif type(data) is list and node.get("tag") == "struct":
+                stack.append(iter(data))  # its type holds no payload
+                break
             else:
                 stack.append(iter(node.values()))
                 break

@@ -14,6 +14,8 @@ from gpustore import rows
 from gpustore.digest import DIGEST_NBYTES
 from gpustore.errors import UnsupportedValueError
 from gpustore.layout import (
+    ARRAY_HEAD,
+    DATA_ELEMENT,
     DETACHED_TAIL,
     DIGEST_ELEMENT,
     DOUBLE,
@@ -22,6 +24,8 @@ from gpustore.layout import (
     INT64,
     MAX_DEPTH,
     PAGE_ALIGNED_NBYTES,
+    PLACE_ELEMENT,
+    STRUCT_HEAD,
     Encoded,
     Payload,
     Place,
@@ -42,6 +46,7 @@ class Encoder:
         self.structures = [self.segment]
         self.payloads: list[Payload] = []
         self.depth = 0  # of documents that are being encoded
+        self.likes: dict[tuple[int, int, int], tuple[bytes, bytes, bytes, int]] = {}
 
     def enter(self, levels: int = 1) -> None:
         """Count levels of documents; refuse more than can be read."""
@@ -142,6 +147,42 @@ class Encoder:
         self.segment = bytearray(after)
         self.structures.append(self.segment)
 
+    def small_array(self, key: bytes, node: dict[str, Any], inner: dict[str, Any]) -> None:
+        """Encode the document of a small array, or of the struct around it, as `element` would.
+
+        What is the same for arrays of one type and size is joined once.
+        """
+        outer, head, behind, levels = self.likes.get(_like(node, inner)) or self.like(node, inner)
+        self.enter(levels)
+        self.depth -= levels
+        content = inner["data"]
+        nbytes, open_nbytes = content.nbytes, len(outer) + 11 if outer else 0
+        padding_at = self.position() + 1 + len(key) + open_nbytes + 4 + len(head)
+        padding = b""
+        if (padding_at + len(DATA_ELEMENT) + 5) % 64:
+            padding = _PADDINGS[-(padding_at + 8 + len(DATA_ELEMENT) + 5) % 64]
+        inner_nbytes = 4 + len(head) + len(padding) + len(DATA_ELEMENT) + 5 + nbytes
+        inner_nbytes += len(DIGEST_ELEMENT) + DIGEST_NBYTES + 1
+        self.segment += _opened(key, outer, inner_nbytes) + head + padding
+        self.segment += DATA_ELEMENT + INT32.pack(nbytes) + b"\0"
+        self.base = self.position() + nbytes
+        self.payloads.append(_small(content))
+        self.segment = bytearray(behind)
+        self.structures.append(self.segment)
+
+    def like(self, node: dict[str, Any], inner: dict[str, Any]) -> tuple[bytes, bytes, bytes, int]:
+        """Join what is the same for arrays of one type and size: what is before and behind them."""
+        kind, size = inner["type"], inner["size"]
+        head = ARRAY_HEAD + kind.bson + b"\x04size\0" + size.bson
+        outer, behind = b"", DIGEST_ELEMENT + bytes(DIGEST_NBYTES) + b"\0"
+        levels = 1 + max(kind.depth, size.depth)
+        if inner is not node:
+            outer = STRUCT_HEAD + node["type"].bson + b"\x04data\0"
+            behind += b"\0\0"
+            levels = 1 + max(node["type"].depth, 1 + levels)
+        found = self.likes[_like(node, inner)] = outer, head, behind, levels
+        return found
+
     def row(self, keys: list[bytes], nodes: list[Any]) -> None:
         """Encode a row as one payload, made piece by piece when it is written."""
         contents = [rows.array_in(node)["data"] for node in nodes]
@@ -187,6 +228,17 @@ class DetachedEncoder(Encoder):
         _encode_dict(self, key, {"offset": int64()(0), "nbytes": int64()(value.nbytes)})
         self.offsets.append(len(self.segment) - len(DETACHED_TAIL) - 8)
         self.segment += DIGEST_ELEMENT + bytes(DIGEST_NBYTES)
+
+    def small_array(self, key: bytes, node: dict[str, Any], inner: dict[str, Any]) -> None:
+        outer, head, behind, levels = self.likes.get(_like(node, inner)) or self.like(node, inner)
+        self.enter(levels)
+        self.depth -= levels
+        content = inner["data"]
+        place = PLACE_ELEMENT + bytes(8) + DETACHED_TAIL[:8] + INT64.pack(content.nbytes) + b"\0"
+        inner_nbytes = 4 + len(head) + len(place) + len(DIGEST_ELEMENT) + DIGEST_NBYTES + 1
+        self.segment += _opened(key, outer, inner_nbytes) + head + place + behind
+        self.offsets.append(len(self.segment) - len(behind) - len(DETACHED_TAIL) - 8)
+        self.payloads.append(_small(content))
 
     def row(self, keys: list[bytes], nodes: list[Any]) -> None:
         """Encode a row; its payloads are one, with zeros between them."""
@@ -291,8 +343,39 @@ def _encode_none(encoder: Encoder, key: bytes, value: None) -> None:
 
 
 def _encode_dict(encoder: Encoder, key: bytes, value: dict[str, Any]) -> None:
+    inner = value if "size" in value else rows.array_in(value)
+    if type(inner) is dict and _is_small_array(value, inner):
+        encoder.small_array(key, value, inner)
+        return
     encoder.segment += b"\x03" + key
     encoder.document(value)
+
+
+def _is_small_array(node: dict[str, Any], inner: dict[str, Any]) -> bool:
+    """Whether this is the document of a small array with nothing unusual about it."""
+    return (
+        len(inner) == 4
+        and type(inner.get("data")) is np.ndarray
+        and type(inner.get("type")) is Encoded
+        and type(inner.get("size")) is Encoded
+        and inner["tag"] == "array"
+        and (inner is node or (len(node) == 3 and type(node.get("type")) is Encoded))
+    )
+
+
+def _like(node: dict[str, Any], inner: dict[str, Any]) -> tuple[int, int, int]:
+    return id(node["type"]), id(inner["type"]), id(inner["size"])
+
+
+def _opened(key: bytes, outer: bytes, nbytes: int) -> bytes:
+    """Return what is before the head of an array of `nbytes`, and the struct around it if any."""
+    if not outer:
+        return b"\x03" + key + INT32.pack(nbytes)
+    before = INT32.pack(4 + len(outer) + nbytes + 9), outer, INT32.pack(nbytes + 8)
+    return b"".join((b"\x03", key, *before, b"\x030\0", INT32.pack(nbytes)))
+
+
+_PADDINGS = [b"\x05_\0" + INT32.pack(n) + b"\0" + bytes(n) for n in range(64)]
 
 
 def _small(content: NDArray[Any]) -> Payload:

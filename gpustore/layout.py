@@ -100,6 +100,11 @@ class Plan:
     places: tuple[Place, ...] = ()  # of the payloads of a detached layout, after the document
 
 
+# how the documents of arrays and structs begin, and what is before the data of arrays
+ARRAY_HEAD = b"\x02tag\0\x06\0\0\0array\0\x03type\0"
+STRUCT_HEAD = b"\x02tag\0\x07\0\0\0struct\0\x03type\0"
+DATA_ELEMENT = b"\x05data\0"
+PLACE_ELEMENT = b"\x03data\0" + INT32.pack(37) + b"\x12offset\0"
 DIGEST_ELEMENT = b"\x05blake3\0" + INT32.pack(DIGEST_NBYTES) + b"\0"
 DETACHED_TAIL = b"\x12nbytes\0" + bytes(8) + b"\0"  # what follows an offset in `data`
 PAYLOAD_DIGEST = slice(len(DIGEST_ELEMENT), len(DIGEST_ELEMENT) + DIGEST_NBYTES)

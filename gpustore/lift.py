@@ -64,7 +64,9 @@ class Lifter:
         self.functions = {name.replace(".#", "."): f for name, f in (functions or {}).items()}
         self.memo: dict[int, Any] = {}  # id of a document or list, -n of backref n -> its value
         self.types: dict[Any, JuliaType] = {}
-        self.row_major: tuple[Any, JuliaType] | None = None  # of the last such array
+        # what is known of types and sizes that documents share, by ids of what is kept beside it
+        self.heads: dict[tuple[int, Any], tuple[Any, ...]] = {}
+        self.datatypes: dict[int, tuple[Any, JuliaType]] = {}
         self.dtypes: dict[str, np.dtype[Any]] = {}  # of element types without parameters
         self.int64 = int64()
         self.shared = 0  # elements and bytes of lists and binaries that are parts of several values
@@ -216,14 +218,18 @@ class Lifter:
         return self.value(self.field(node, "type", dict, path), path)
 
     def datatype(self, node: dict[str, Any], path: str) -> JuliaType | OpaqueDocument:
-        plain = self.plain_type(node.get("name"), path)
         params = node.get("params")
         if params == [] or "params" not in node:
-            return plain
+            return self.plain_type(node.get("name"), path)
+        known = self.datatypes.get(id(node))
+        if known is not None:
+            return known[1]
+        plain = self.plain_type(node.get("name"), path)
         lifted = self.type_params(self.part(params, path), path)
         made = None if lifted is None else JuliaType(plain.path, lifted)
         if made is None or made.weight > MAX_TYPE_WEIGHT:  # it is kept as it came
             return OpaqueDocument(node, self.source)
+        self.datatypes[id(node)] = node, made
         return made
 
     def plain_type(self, names: Any, path: str) -> JuliaType:
@@ -274,10 +280,7 @@ class Lifter:
     # --- structs ---
 
     def struct(self, node: dict[str, Any], path: str) -> Any:
-        last = self.row_major
-        own = node.get("type")
-        is_like = last is not None and (own is last[0] or own == last[0])
-        julia_type = last[1] if last and is_like else self.type_in(node, path)
+        julia_type = self.type_in(node, path)
         content = node.get("data")
         if type(content) is not list:
             content = self.field(node, "data", (list, bytes, Slot), path)

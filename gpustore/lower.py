@@ -241,16 +241,19 @@ class Lowerer:
             self.encoded[julia_type] = encoded
         return encoded
 
-    def is_encoded(self, julia_type: JuliaType) -> bool:
+    def encoded_type(self, julia_type: Any) -> Encoded | None:
         try:
-            return julia_type in self.encoded
+            return self.encoded.get(julia_type)
         except TypeError:  # a parameter that is not hashable, so not plain
-            return False
+            return None
 
     def julia_type(self, container: Any, key: Any, value: Any, path: str) -> None:
-        if not isinstance(value, JuliaType):
+        known = self.encoded_type(value)
+        if known is not None:
+            container[key] = known
+        elif not isinstance(value, JuliaType):
             self.put(container, key, value, path)
-        elif self.is_encoded(value) or (_is_short(value) and is_plain(value)):
+        elif _is_short(value) and is_plain(value):
             container[key] = self.type(value)
         else:
             params: list[Any] = [None] * len(value.params)
@@ -330,7 +333,7 @@ class Lowerer:
         if kind is None:
             node["fields"] = list(names)
         fields = self.open_struct(container, key, value, node)
-        self.put(node, "type", type_of(value), path)
+        self.julia_type(node, "type", type_of(value), path)
         self.fill(fields, parts, [f"{path}.{name}" for name in names])
 
     def parts(self, value: Any, names: tuple[str, ...], path: str) -> list[Any]:
@@ -338,7 +341,7 @@ class Lowerer:
         if isinstance(value, TrackedArray) and value.tracker is None:
             return self.tracked(value)
         kind = flux.kind_of(value)
-        worked_out = {name for name, _ in kind.written} if kind else set()
+        worked_out = {name for name, _ in kind.written} if kind and kind.written else ()
         unset = [name for name in names if not hasattr(value, name) and name not in worked_out]
         if unset:
             raise self.refuse(path, value, f"its field {unset[0]!r} is not set")

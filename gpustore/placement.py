@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpustore import devices, kernels, ring, transfer, tree
-from gpustore.document import Slot
+from gpustore.document import SLOT_NBYTES, Slot
 from gpustore.errors import (
     CUDAUnavailableError,
     FormatError,
@@ -152,12 +152,13 @@ class Placement:
 
 def host_array(file: MappedFile, spec: ArraySpec, path: str) -> Any:
     """Return the array a spec describes: a view of the mapped file, or of a copy of a small one."""
-    payload = spec.payload
+    payload: Any = spec.payload
     try:
-        if isinstance(payload, Slot):
-            return transfer.host_view(
-                file.buffer, payload.offset, spec.dtype, spec.shape, spec.order
-            )
+        if type(payload) is Slot:
+            offset, nbytes = payload
+            if nbytes >= SLOT_NBYTES:
+                return transfer.host_view(file.buffer, offset, spec.dtype, spec.shape, spec.order)
+            payload = memoryview(file.buffer)[offset : offset + nbytes]
         return transfer.host_view(bytearray(payload), 0, spec.dtype, spec.shape, spec.order)
     except ValueError as error:  # sizes that NumPy cannot hold
         raise FormatError(f"{file.path}: {path}: shape {spec.shape}: {error}") from error

@@ -29,7 +29,7 @@ from gpustore.layout import (
 # what a document of this package begins with -> the terminators after its digest
 _TAGS = {b"\x02tag\0\x06\0\0\0array\0": 1, b"\x02tag\0\x07\0\0\0struct": 3}
 _TAG_NBYTES = len(next(iter(_TAGS)))
-FEWEST = 4
+FEWEST = 12  # elements from this number on are faster as a row
 
 
 def array_in(node: Any) -> Any:
@@ -42,7 +42,7 @@ def array_in(node: Any) -> Any:
 
 
 def shared(nodes: Collection[Any]) -> Iterator[tuple[int, int]]:
-    """Yield where rows begin and end: four or more nodes that share types and size."""
+    """Yield where rows begin and end: nodes that share types and size."""
     start, size = 0, None
     kind = outer = None
     for position, node in enumerate((*nodes, None)):
@@ -68,7 +68,10 @@ def pitch_at(buffer: Any, start: int, name_end: int, limit: int) -> int | None:
     nbytes = INT32.unpack_from(buffer, name_end + 1)[0] if name_end + 5 <= limit else 0
     head = name_end + 1, name_end + 5 + _TAG_NBYTES
     pitch: int = name_end + 1 + nbytes - start
-    if nbytes <= _TAG_NBYTES or start + FEWEST * pitch > limit or pitch > ROW_NBYTES:
+    if nbytes <= _TAG_NBYTES or FEWEST * pitch > min(limit - start, ROW_NBYTES):
+        return None
+    last = name_end + 1 + (FEWEST - 1) * pitch
+    if INT32.unpack_from(buffer, last)[0] != nbytes:
         return None
     first = buffer[head[0] : head[1]]
     tail = _TAGS.get(bytes(first[4:]))
@@ -87,7 +90,7 @@ def read(
 ) -> Row | None:
     """Return the row of elements from `start` on, whose first one holds `first`.
 
-    None where there are fewer than four, or where it is for the plain way to say what is wrong.
+    None where there are too few, or where it is for the plain way to say what is wrong.
     """
     inner = array_in(first)
     tail, last = (1, "blake3") if inner is first else (3, "data")
@@ -97,12 +100,14 @@ def read(
         return None
     data, digest = inner["data"], inner["blake3"]
     is_detached = type(data) is dict and list(data) == ["offset", "nbytes"]
-    if _nbytes(digest) != DIGEST_NBYTES or not (is_detached or type(data) in (bytes, Slot)):
+    if nbytes_of(digest) != DIGEST_NBYTES or not (is_detached or type(data) in (bytes, Slot)):
+        return None
+    if is_detached and not _is_small_place(data["offset"], data["nbytes"]):
         return None
     name = slice(1, name_end - start)
     digests = slice(pitch - tail - DIGEST_NBYTES, pitch - tail)
     stop = digests.start - len(DIGEST_ELEMENT)
-    varied = slice(stop - _nbytes(data), stop)
+    varied = slice(stop - nbytes_of(data), stop)
     if is_detached:
         varied = slice(stop - len(DETACHED_TAIL) - 8, stop - len(DETACHED_TAIL))
     count = min(limit - start, ROW_NBYTES) // pitch
@@ -120,7 +125,7 @@ def read(
     if is_detached:
         places = np.frombuffer(matrix[:count, varied].tobytes(), "<i8")
         nbytes = data["nbytes"]
-        if not _is_placed_well(places, nbytes, data["offset"]):
+        if not _is_placed_well(places, nbytes):
             return None
         payloads: Any = map(Slot._make, zip(places.tolist(), itertools.repeat(int(nbytes))))
         placed = int(places[0]), int(places[-1]) + nbytes
@@ -153,11 +158,14 @@ def _alike(matrix: Any, name: slice, fixed: list[slice]) -> int:
     return done
 
 
-def _is_placed_well(places: Any, nbytes: Any, offset: Any) -> bool:
-    """Whether 64-bit offsets of payloads are aligned, and each soon after the one before."""
+def _is_small_place(offset: Any, nbytes: Any) -> bool:
+    """Whether two numbers of 64 bits are where a small payload lies."""
     are_64_bit = all(isinstance(n, int) and type(n) not in (int, bool) for n in (nbytes, offset))
-    if not are_64_bit or not 0 <= nbytes <= ROW_NBYTES:
-        return False
+    return are_64_bit and 0 <= nbytes <= ROW_NBYTES
+
+
+def _is_placed_well(places: Any, nbytes: int) -> bool:
+    """Whether payloads at these offsets are aligned, and each soon after the one before."""
     gaps = places[1:] - places[:-1] - nbytes
     is_well: bool = (gaps >= 0).all() and (gaps < PAGE_NBYTES).all() and not (places % 64).any()
     return is_well and bool(places[0] >= 0)
@@ -170,7 +178,7 @@ def _column(matrix: Any, offsets: range, at: int, like: Any) -> list[Any]:
     return contents(matrix)
 
 
-def _nbytes(binary: Any) -> int:
+def nbytes_of(binary: Any) -> int:
     return binary.nbytes if type(binary) is Slot else len(binary)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gpustore import devices, document, ring, storage, transfer, tree
 from gpustore.dictionaries import is_document
-from gpustore.digest import hasher
+from gpustore.digest import blake3_digest, hasher
 from gpustore.document import PAYLOAD_DIGEST, STRUCTURE_DIGEST, Payload, Plan, Slot
 from gpustore.errors import UnsupportedValueError
 from gpustore.flux import in_layout, is_of_optimiser, kind_of
@@ -261,6 +261,10 @@ def _stream(payload: Payload, out: _Output, beside: ThreadPoolExecutor | None, i
 
 def _stream_hashed(payload: Payload, out: _Output, beside: ThreadPoolExecutor | None) -> bytes:
     """Write the chunks of a payload, as far as it has not been done; return its digest."""
+    if payload.content is not None:
+        octets = payload.content.tobytes()
+        out.write(octets)
+        return blake3_digest(octets)
     if payload.is_written:
         out.skip(payload.nbytes)
     elif payload.digest is not None:

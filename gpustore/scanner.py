@@ -7,10 +7,18 @@ from typing import Any, cast
 
 import numpy as np
 
-from gpustore import rows
+from gpustore import rows, tagged
 from gpustore.encoder import int64
 from gpustore.errors import FormatError, TruncatedFileError
-from gpustore.layout import DOUBLE, INT32, INT64, MAX_DEPTH, MAX_NAME_NBYTES, ROW_NBYTES, Slot
+from gpustore.layout import (
+    DOUBLE,
+    INT32,
+    INT64,
+    MAX_DEPTH,
+    MAX_NAME_NBYTES,
+    ROW_NBYTES,
+    Slot,
+)  # fmt: skip
 
 _FOREIGN_KINDS = {
     0x06: "undefined", 0x07: "ObjectId", 0x09: "UTC datetime", 0x0B: "regular expression",
@@ -24,6 +32,7 @@ _EXTRA_NBYTES = {0x02: 4, 0x03: 0, 0x04: 0, 0x05: 5}  # beside those that their 
 _MANY = 256  # elements, for which reading them in rows is faster
 # what the codec raises beside its own; SystemError that of PyMongo 4.6 for a binary's subtype
 _REFUSALS = (ValueError, OverflowError, RecursionError, SystemError)
+_WHOLE_NBYTES = 8192  # smaller files are decoded whole
 _HEADED, _HEAD_NBYTES = ("array", "struct"), 4096
 
 
@@ -50,7 +59,10 @@ class Scanner:
         self.origin = origin  # where in the file the buffer begins
         # id of a row's first node -> how many it has, and from where to where their payloads lie
         self.placed: dict[int, tuple[int, int, int]] = {}
-        self.heads: dict[bytes, dict[str, Any] | list[Any]] = {}  # decoded once, and shared
+        # decoded once, and shared
+        self.heads: dict[bytes, dict[str, Any] | list[Any]] = {}
+        self.likes: dict[int, tagged.Like] = {}  # by the nbytes of the document
+        self.shared: dict[bytes, tuple[Any, Any]] = {}  # types, and sizes that follow them
         int64()
 
     def where(self, position: int) -> str:
@@ -89,7 +101,7 @@ class Scanner:
                 raise self.malformed(start, f"expected a document of 5 bytes or more, not {nbytes}")
             self.need(start, nbytes, limit)
             limit = start + nbytes
-            if nbytes < self.slot_nbytes:
+            if nbytes < (self.slot_nbytes if depth else min(self.slot_nbytes, _WHOLE_NBYTES)):
                 return self.decode_whole(start, limit, is_array), limit
         keys, values, end = self.elements(start + 4, limit, depth, is_array)
         if not is_array and len(set(keys)) != len(keys):
@@ -138,11 +150,20 @@ class Scanner:
             self.need(position, 1, limit)
             kind = self.buffer[position]
             name_end = position if kind == 0 else self.name_end(position, limit)
-            pitch = rows.pitch_at(self.buffer, position, name_end, limit) if kind == 3 else None
-            if pitch is not None:
-                self.decode_run(run, position, is_array, keys, values)
-                position = run = self.row(position, name_end, limit, depth, pitch, keys, values)
-                continue
+            if kind == 3:
+                pitch = rows.pitch_at(self.buffer, position, name_end, limit)
+                if pitch is not None:
+                    self.decode_run(run, position, is_array, keys, values)
+                    position = run = self.row(position, name_end, limit, depth, pitch, keys, values)
+                    continue
+                found = self.tagged_at(name_end + 1, limit, depth + 1)
+                if found is not None:
+                    if run != position:
+                        self.decode_run(run, position, is_array, keys, values)
+                    keys.append("" if is_array else self.text(position + 1, name_end))
+                    values.append(found[0])
+                    position = run = found[1]
+                    continue
             end = self.end_of_small(kind, name_end + 1, limit)
             if end is not None and end - run < ROW_NBYTES:
                 position = end
@@ -158,12 +179,36 @@ class Scanner:
             values.append(value)
             run = position
 
+    def tagged_at(self, start: int, limit: int, depth: int) -> tuple[dict[str, Any], int] | None:
+        """Return the document of an array, a struct or a type, and the offset after it.
+
+        None for anything else, and where it is for the plain way to say what is wrong. Types and
+        sizes that are alike are decoded once, and shared.
+        """
+        if limit - start < tagged.FEWEST_NBYTES or not self.slot_nbytes or depth > MAX_DEPTH - 2:
+            return None
+        nbytes = INT32.unpack_from(self.buffer, start)[0]
+        if not tagged.FEWEST_NBYTES <= nbytes <= limit - start:
+            return None
+        like, end = self.likes.get(nbytes), start + nbytes
+        node = like.read(self.buffer, start, end) if like is not None else None
+        if node is None:
+            node = tagged.read(self, start, end, depth)
+            if node is None:
+                return None
+            like = tagged.Like.of(self.buffer, start, end, node) if "data" in node else None
+            if like is not None and len(self.likes) < _MANY:
+                self.likes[nbytes] = like
+        return node, end
+
     def row(
         self, position: int, name_end: int, limit: int, depth: int, pitch: int, keys: list[str],
         values: list[Any],
     ) -> int:  # fmt: skip
         """Read a row of array documents alike, or its first one; return the offset after it."""
-        first, end = self.document(name_end + 1, limit, depth + 1)
+        start = name_end + 1
+        found = self.tagged_at(start, limit, depth + 1)
+        first, end = found or self.document(start, limit, depth + 1)
         assert isinstance(first, dict)
         row = rows.read(self.buffer, position, name_end, limit, pitch, first)
         if row is None:
@@ -178,8 +223,8 @@ class Scanner:
 
     def name_end(self, position: int, limit: int) -> int:
         """Return where the name of the element at `position` has its terminator."""
-        end: int = self.buffer.find(b"\0", position + 1, min(limit, position + 2 + MAX_NAME_NBYTES))
-        if end < 0:
+        end: int = self.buffer.find(b"\0", position + 1, position + 2 + MAX_NAME_NBYTES)
+        if end < 0 or end >= limit:
             if limit - position <= MAX_NAME_NBYTES:
                 self.need(position, limit - position + 1, limit)
             raise self.malformed(position, f"a name is longer than {MAX_NAME_NBYTES} bytes")

@@ -81,10 +81,17 @@ def lift_row_major(lifter: Any, node: Any, julia_type: Any, content: Any, path: 
     if not isinstance(parent, dict) or parent.get("tag") != "array":
         return NotImplemented
     spec = array_spec(lifter, parent, path)
-    whole = row_major_spec(julia_type, spec) if isinstance(spec, ArraySpec) else None
-    if whole is None:
+    if not isinstance(spec, ArraySpec):
         return NotImplemented
-    lifter.row_major = node["type"], julia_type
+    turned, key = lifter.heads.get((id(julia_type), spec.shape)), (id(julia_type), spec.shape)
+    if turned is not None:
+        kept = spec.device, spec.payload, spec.digest
+        whole: ArraySpec | None = ArraySpec(spec.dtype, turned[0], "C", *kept)
+    else:
+        whole = row_major_spec(julia_type, spec)
+        if whole is None:
+            return NotImplemented
+        lifter.heads[key] = whole.shape, julia_type
     if id(parent) not in lifter.parents:  # all that turn one parent are its memory, as in Julia
         lifter.parents[id(parent)] = lifter.make_array(whole, path)
     return lifter.parents[id(parent)]
@@ -130,19 +137,34 @@ def array_spec(lifter: Any, node: dict[str, Any], path: str) -> ArraySpec | Juli
 
 
 def quick_spec(lifter: Any, node: dict[str, Any]) -> ArraySpec | None:
-    """Return the spec of an array document of the usual form; None where it needs a look."""
+    """Return the spec of an array document of the usual form; None where it needs a look.
+
+    What is known of a type and a size that many documents share is kept.
+    """
     kind: Any = node.get("type")
     sizes: Any = node.get("size")
     payload: Any = node.get("data")
     digest = node.get("blake3")
+    if "dtype" in node or "device" in node:
+        return None
+    if digest is not None and (type(digest) is not bytes or len(digest) != DIGEST_NBYTES):
+        return None
+    head = lifter.heads.get((id(kind), id(sizes)))
+    if head is None:
+        head = _usual_head(lifter, kind, sizes)
+        if head is None:
+            return None
+        lifter.heads[id(kind), id(sizes)] = head
+    is_payload = type(payload) is bytes or type(payload) is Slot
+    if not is_payload or head[2] != (len(payload) if type(payload) is bytes else payload[1]):
+        return None
+    return ArraySpec(head[0], head[1], "F", "cpu", payload, digest)
+
+
+def _usual_head(lifter: Any, kind: Any, sizes: Any) -> tuple[Any, ...] | None:
+    """Return dtype, shape and nbytes, and `kind` and `sizes`, whose ids are theirs by that."""
     is_usual = type(kind) is dict and kind.get("params") == [] and type(sizes) is list
-    if (
-        not is_usual
-        or kind.get("tag") != "datatype"
-        or "dtype" in node
-        or "device" in node
-        or len(sizes) > MAX_RANK
-    ):
+    if not is_usual or kind.get("tag") != "datatype" or len(sizes) > MAX_RANK:
         return None
     names = kind.get("name")
     try:
@@ -153,12 +175,9 @@ def quick_spec(lifter: Any, node: dict[str, Any]) -> ArraySpec | None:
         if type(size) is not lifter.int64 or size <= 0:
             return None
         count *= size
-    is_payload = type(payload) is bytes or type(payload) is Slot
-    if dtype is None or not is_payload or count * dtype.itemsize != nbytes_of(payload):
+    if dtype is None:
         return None
-    if digest is not None and (type(digest) is not bytes or len(digest) != DIGEST_NBYTES):
-        return None
-    return ArraySpec(dtype, tuple(map(int, sizes)), "F", "cpu", payload, digest)
+    return dtype, tuple(map(int, sizes)), count * dtype.itemsize, kind, sizes
 
 
 def shape_of(lifter: Any, node: dict[str, Any], path: str) -> tuple[int, ...]:

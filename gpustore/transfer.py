@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpustore import devices, staging
-from gpustore.layout import SMALL_NBYTES, TURNED_NBYTES, Payload
+from gpustore.layout import SLOT_NBYTES, SMALL_NBYTES, TURNED_NBYTES, Payload
 
 CHUNK_NBYTES = 8 * 1024 * 1024
 _BLOCK_NBYTES = 4 * 1024 * 1024  # transposed at once
@@ -102,8 +102,8 @@ def host_row(
 ) -> Any:
     """Return arrays of one dtype, shape and memory order: `host_view` of each, made at once.
 
-    They are views of the buffer where the payloads are slots at a constant distance, and of one
-    copy where they are bytes; None for payloads that lie otherwise.
+    They are views of the buffer where the payloads are large slots at a constant distance, and of
+    one copy where they are small or bytes; None for payloads that lie otherwise.
     """
     in_memory = shape if order == "C" else shape[::-1]
     stacked_shape = (len(payloads), *in_memory)
@@ -117,4 +117,6 @@ def host_row(
             return None
         inner = np.empty(in_memory, dtype).strides
         stacked = np.ndarray(stacked_shape, dtype, buffer, offsets[0], (pitch, *inner))
+        if payloads[0].nbytes < SLOT_NBYTES:
+            stacked = stacked.copy()
     return list(stacked if order == "C" else stacked.transpose(0, *range(len(shape), 0, -1)))

@@ -65,9 +65,14 @@ def type_of(value: Any) -> Any:
     >>> type_of(np.zeros((2, 3), np.float32))
     Core.Array{Core.Float32, 2}
     """
+    if type(value) is np.ndarray:
+        return array_type(value)
     known = _TYPES.get(type(value))
     if known is not None:
         return known
+    kind = flux.kind_of(value)
+    if kind is not None and kind.is_layer and type(value) is not TrackedArray:
+        return _instance_type(value)
     if isinstance(value, FunctionType):
         function = flux.function_name(value)
         return _instance_type(value) if function is None else _function_type(function)
@@ -147,9 +152,10 @@ def _param(name: Any, value: Any) -> Any:
     """Return a type parameter of an object: a function of it, or the type of a field."""
     if callable(name):
         return name(value)
+    if "." not in name:
+        return type_of(field_of(value, name))
     first, _, inner = name.partition(".")
-    found = field_of(value, first)
-    return type_of(getattr(found, inner) if inner else found)
+    return type_of(getattr(field_of(value, first), inner))
 
 
 def retyped(recorded: Any, value: Any) -> Any:
@@ -183,7 +189,8 @@ def array_type(array: Any) -> Any:
     twin = origin_of(array)
     if isinstance(twin, Struct):
         return twin.type
-    return _array_type(numpy_dtype(array), len(array.shape))
+    is_plain = type(array) is np.ndarray
+    return _array_type(array.dtype if is_plain else numpy_dtype(array), len(array.shape))
 
 
 @functools.lru_cache(256)
@@ -217,11 +224,13 @@ def _is_unset(part: Any) -> bool:
 def field_of(value: Any, name: str) -> Any:
     """Return a field as it is written: named layers are a NamedTuple."""
     kind = flux.kind_of(value)
-    for field, work_out in kind.written if kind else ():
+    if kind is None or not (kind.written or kind.turned):
+        return named_layers(name, getattr(value, name))  # as below, for most kinds
+    for field, work_out in kind.written:
         if field == name and _is_unset(value.__dict__.get(name)):
             return _worked_out(value, name, work_out, value)
     part = getattr(value, name)
-    for field, turn in kind.turned if kind else ():
+    for field, turn in kind.turned:
         part = _worked_out(value, name, turn, part) if field == name else part
     return named_layers(name, part)
 

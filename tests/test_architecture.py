@@ -23,6 +23,7 @@ ORDER = [
     "layout",
     "rows",
     "encoder",
+    "tagged",
     "scanner",
     "document",
     "newfile",

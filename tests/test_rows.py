@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import gpustore as gs
-from gpustore import document, rows
+from gpustore import document, encoder, rows, scanner
 from gpustore.document import Slot
 from gpustore.errors import GpustoreError
+
+
+@gs.model_type("Main.Pair")
+@dataclass
+class Pair:
+    first: Any
+    second: Any
+    third: int
+
 
 LAYOUTS = ["inline", "detached"]
 
@@ -24,9 +36,11 @@ def _documents_are_not_decoded_whole():
 
 
 def plainly(monkeypatch):
-    """Read and write every element by itself."""
+    """Read and write every element by itself, with nothing known of others alike."""
     monkeypatch.setattr(rows, "pitch_at", lambda *position: None)
     monkeypatch.setattr(rows, "shared", lambda nodes: iter(()))
+    monkeypatch.setattr(scanner.Scanner, "tagged_at", lambda *position: None)
+    monkeypatch.setattr(encoder, "_is_small_array", lambda *nodes: False)
 
 
 @st.composite
@@ -35,22 +49,30 @@ def small_arrays(draw):
     arrays = []
     for _ in range(draw(st.integers(1, 4))):
         dtype = draw(st.sampled_from(["f4", "f8", "i1", "?", "c8", "f2", ">f4", "M8[s]"]))
-        shape = draw(st.sampled_from([(), (3,), (2, 3), (0,), (1, 2, 2), (64,), (200,)]))
+        shape = draw(st.sampled_from([(), (3,), (2, 3), (0,), (1, 2, 2), (64,), (200,), (50, 30)]))
         values = np.arange(int(np.prod(shape)) or 1).astype(dtype)[: int(np.prod(shape))]
         order = draw(st.sampled_from("CF"))
         count = draw(st.sampled_from([1, 2, 5, 12, 40]))
         arrays += [values.copy().reshape(shape, order=order) for _ in range(count)]
     if draw(st.booleans()):
+        arrays = [array for turn in range(3) for array in arrays[turn::3]]  # shapes alternate
+    if draw(st.booleans()):
         arrays[-1] = arrays[0]
     names = draw(st.sampled_from(["a{}", "ö{}", "{}", "layer.{:04}"]))
-    if draw(st.booleans()):
+    what = draw(st.sampled_from(["dict", "list", "layers"]))
+    if what == "list":
         return arrays
+    if what == "layers":
+        firsts, seconds = arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]
+        return [Pair(*pair, 1) for pair in zip(firsts, seconds, strict=False)]
     return {names.format(index): array for index, array in enumerate(arrays)}
 
 
 def described(value):
     if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.tobytes(), value.flags.writeable
+    if isinstance(value, (Pair, gs.Dense)):
+        return described(vars(value))
     if not isinstance(value, (dict, list)):
         return repr(value)
     parts = value.items() if isinstance(value, dict) else enumerate(value)
@@ -91,6 +113,9 @@ def test_rows_are_written_and_read_as_their_elements_would_be(folder, value, lay
 @pytest.fixture(scope="module")
 def row_files(folder):
     arrays = {f"a{index}": np.full(4, index, "f4") for index in range(10, 40)}
+    shapes = [(2, 3), (4,), (50, 30)] * 3
+    arrays |= {f"b{index}": np.ones(shape) for index, shape in enumerate(shapes)}
+    arrays["c"] = [gs.Dense(np.ones((2, 2)), np.ones(2)) for _ in range(3)]
     for layout in LAYOUTS:
         gs.save(folder / layout, arrays, layout=layout, durable=False)
     return {layout: folder / layout for layout in LAYOUTS}

@@ -1,0 +1,187 @@
+"""Documents of arrays, and of structs and types, that are read without the codec.
+
+They lie as this package and BSON.jl write them: `tag`, `type`, then the rest. What many have in
+common is decoded once, and shared. Anything else is None, for the plain way to read or refuse.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple
+
+from gpustore import rows
+from gpustore.digest import DIGEST_NBYTES
+from gpustore.encoder import int64
+from gpustore.errors import FormatError
+from gpustore.layout import (
+    ARRAY_HEAD,
+    DATA_ELEMENT,
+    DETACHED_TAIL,
+    DIGEST_ELEMENT,
+    INT32,
+    INT64,
+    PAGE_NBYTES,
+    PLACE_ELEMENT,
+    STRUCT_HEAD,
+    Slot,
+)  # fmt: skip
+
+FEWEST_NBYTES = 50  # of such a document
+_TYPE_HEAD = b"\x02tag\0\x09\0\0\0datatype\0"
+_SIZE, _FIELDS, _PADDING = b"\x04size\0", b"\x04data\0", b"\x05_\0"
+_PAIR = struct.Struct("<q8xq")  # of a place: its offset and size
+_TYPE_NBYTES = 256  # smaller ones are faster with the codec
+_HEAD_NBYTES, _HEADS = 4096, 256  # of what is kept, and how many
+
+
+class Like(NamedTuple):
+    """An array document that was read, in whose likeness others of its size are read at once."""
+
+    before: bytes  # all until what differs: the payload, or where it lies
+    after: bytes  # all from there to the digest
+    behind: bytes  # the terminators
+    node: dict[str, Any]
+
+    @classmethod
+    def of(cls, buffer: Any, start: int, end: int, node: dict[str, Any]) -> Like | None:
+        """Return that of a document at `start`; None for one without a digest, or of another kind.
+
+        `node` is the document or a struct of which it is the only field.
+        """
+        inner = rows.array_in(node)
+        if type(inner) is not dict or list(inner)[-2:] != ["data", "blake3"]:
+            return None
+        data = inner["data"]
+        behind = end - (1 if inner is node else 3)
+        stop = behind - DIGEST_NBYTES - len(DIGEST_ELEMENT)
+        if type(data) is dict:
+            stop -= len(DETACHED_TAIL)
+        first = stop - (8 if type(data) is dict else rows.nbytes_of(data))
+        after = bytes(buffer[stop : behind - DIGEST_NBYTES])
+        return cls(bytes(buffer[start:first]), after, bytes(buffer[behind:end]), node)
+
+    def read(self, buffer: Any, start: int, end: int) -> dict[str, Any] | None:
+        """Return the document from `start` to `end`, or None where it is not like this one."""
+        node, first = self.node, start + len(self.before)
+        if buffer[start:first] != self.before:
+            return None
+        inner = node if "size" in node else node["data"][0]
+        behind = end - len(self.behind)
+        stop = behind - DIGEST_NBYTES - len(self.after)
+        rest = bytes(buffer[stop:end])
+        if not (rest.startswith(self.after) and rest.endswith(self.behind)):
+            return None
+        data = inner["data"]
+        if type(data) is bytes:
+            data = bytes(buffer[first:stop])
+        elif type(data) is Slot:
+            data = Slot(first, stop - first)
+        else:
+            data = {**data, "offset": type(data["offset"])(INT64.unpack_from(buffer, first)[0])}
+        inner = {**inner, "data": data, "blake3": rest[len(self.after) : behind - stop]}
+        return inner if "size" in node else {**node, "data": [inner]}
+
+
+def read(scanner: Any, start: int, end: int, depth: int) -> dict[str, Any] | None:
+    """Return the document from `start` to `end`: of an array, a type, or some kinds of structs."""
+    buffer, first = scanner.buffer, start + 4 + len(ARRAY_HEAD)
+    tag = buffer[start + 4 : first]
+    if tag[: len(_TYPE_HEAD)] == _TYPE_HEAD:
+        kind = _head(scanner, start, end, end) if end - start >= _TYPE_NBYTES else None
+        return kind and kind[0]
+    is_array = tag == ARRAY_HEAD
+    if not is_array and tag != STRUCT_HEAD[:-1]:
+        return None
+    first += not is_array
+    after_type = first + INT32.unpack_from(buffer, first)[0]
+    if not first < after_type < end - 11:
+        return None
+    after = after_type + 6 + INT32.unpack_from(buffer, after_type + 6)[0]
+    name = buffer[after_type : after_type + 6]
+    if not after_type + 10 < after < end:
+        return None
+    if is_array:
+        return _array(scanner, first, after_type, after, end) if name == _SIZE else None
+    # those of no fields, and around an array; others are faster with the codec
+    is_around = buffer[after_type + 17 : after_type + 17 + len(ARRAY_HEAD)] == ARRAY_HEAD
+    if name != _FIELDS or not (is_around or after == after_type + 11):
+        return None
+    return _struct(scanner, first, after_type, after, end, depth)
+
+
+def _struct(
+    scanner: Any, first: int, after_type: int, after: int, end: int, depth: int
+) -> dict[str, Any] | None:
+    """Return the struct document from the type at `first` to the fields that end at `after`."""
+    kind = _head(scanner, first, after_type, after_type)
+    if kind is None:
+        return None
+    node = {"tag": "struct", "type": kind[0]}
+    _, node["data"], stop = scanner.elements(after_type + 10, after, depth + 1, True)
+    if stop != after:
+        raise scanner.malformed(stop, f"fields end {after - stop} bytes early")
+    if end - after > 1 or scanner.buffer[after]:
+        keys, values, stop = scanner.elements(after, end, depth, False)
+        node.update(zip(keys, values, strict=True))
+        if stop != end:
+            raise scanner.malformed(stop, f"a struct document ends {end - stop} bytes early")
+        if len(node) != 3 + len(keys):
+            raise scanner.malformed(after, "a key occurs twice in a struct document")
+    return node
+
+
+def _array(scanner: Any, first: int, after_type: int, at: int, end: int) -> dict[str, Any] | None:
+    """Return the array document whose type begins at `first`, and whose size ends at `at`."""
+    if end - at < 16:
+        return None
+    buffer, head = scanner.buffer, _head(scanner, first, after_type, at)
+    if head is None:
+        return None
+    node: dict[str, Any] = {"tag": "array", "type": head[0], "size": head[1]}
+    if buffer[at : at + 3] == _PADDING:
+        nbytes = INT32.unpack_from(buffer, at + 3)[0]
+        if buffer[at + 7] or not 0 <= nbytes < min(end - at - 24, scanner.slot_nbytes):
+            return None
+        node["_"] = bytes(buffer[at + 8 : at + 8 + nbytes])
+        at += 8 + nbytes
+    name, start = bytes(buffer[at : at + 6]), at + 11
+    nbytes = INT32.unpack_from(buffer, at + 6)[0]
+    stop = start + nbytes
+    if name == DATA_ELEMENT and buffer[at + 10] == 0 and start <= stop < end:
+        is_large = nbytes >= min(scanner.slot_nbytes, PAGE_NBYTES)  # it is copied once at most
+        node["data"] = Slot(start, nbytes) if is_large else bytes(buffer[start:stop])
+    elif name == PLACE_ELEMENT[:6] and end - at > len(PLACE_ELEMENT) + len(DETACHED_TAIL) + 8:
+        stop = at + len(PLACE_ELEMENT) + 8 + len(DETACHED_TAIL)
+        numbers = buffer[at + len(PLACE_ELEMENT) : stop]
+        if bytes(buffer[at : at + len(PLACE_ELEMENT)]) != PLACE_ELEMENT or numbers[-1]:
+            return None
+        if bytes(numbers[8:16]) != DETACHED_TAIL[:8]:
+            return None
+        offset, nbytes = _PAIR.unpack_from(numbers)
+        node["data"] = {"offset": int64()(offset), "nbytes": int64()(nbytes)}
+    else:
+        return None
+    if end - stop == len(DIGEST_ELEMENT) + DIGEST_NBYTES + 1:
+        if bytes(buffer[stop : stop + len(DIGEST_ELEMENT)]) != DIGEST_ELEMENT:
+            return None
+        node["blake3"] = bytes(buffer[end - 1 - DIGEST_NBYTES : end - 1])
+    elif end - stop != 1:
+        return None
+    return None if buffer[end - 1] else node
+
+
+def _head(scanner: Any, start: int, stop: int, end: int) -> tuple[Any, Any] | None:
+    """Return the type from `start` to `stop` and the size that may follow, decoded once."""
+    octets = bytes(scanner.buffer[start:end])
+    found: tuple[Any, Any] | None = scanner.shared.get(octets)
+    if found is None:
+        if len(octets) > _HEAD_NBYTES:
+            return None
+        try:
+            size = scanner.decode_whole(stop + 6, end, True) if end > stop else None
+            found = scanner.decode_whole(start, stop, False), size
+        except FormatError:  # the plain way says more
+            return None
+        if len(scanner.shared) < _HEADS:
+            scanner.shared[octets] = found
+    return found
