@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import gpustore as gs
-from attacks.octets import PAD, binary, document, element, integer, nested, text
+from attacks.octets import PAD, array, binary, datatype, document, element, integer, nested, text
 from attacks.registry import attack
 
 
@@ -166,3 +166,47 @@ def an_array_of_a_hundred_thousand_nothings():
 def bytes_behind_the_document():
     """BSON.jl ignores what follows the document: it is not looked at here either."""
     return document(text("a", "x")) + b"\xff" * 1000
+
+
+# --- structs around arrays, which are read without the codec ---
+
+
+def around_arrays(depth: int, *innermost: bytes) -> bytes:
+    """Return a file of structs that hold an array and the next struct, `depth` of them."""
+    inner = element(3, "1", document(*innermost))
+    for _ in range(depth):
+        fields = document(array("0", [1], binary("data", b"abcd")), inner)
+        parts = text("tag", "struct"), datatype("type", "Main", "A"), element(4, "data", fields)
+        inner = element(3, "1", document(*parts))
+    return document(inner, PAD)
+
+
+@attack(gs.FormatError)
+def structs_around_arrays_with_a_key_twice_within():
+    """To have each level read its fields twice, if it went another way after an error."""
+    return around_arrays(40, text("tag", "symbol"), text("name", "a"), text("name", "b"))
+
+
+@attack(gs.FormatError)
+def structs_around_arrays_whose_fields_end_early():
+    """The same, for an end that comes before the length says."""
+    octets = around_arrays(40, text("tag", "symbol"), text("name", "b"))
+    return octets.replace(b"name\0\x02\0\0\0b\0", b"name\0\x01\0\0\0\0\0")
+
+
+@attack()
+def structs_around_arrays():
+    """The same without an error: 40 levels are read."""
+    return around_arrays(40, text("tag", "symbol"), text("name", "a"))
+
+
+@attack()
+def types_of_which_no_two_are_alike():
+    """To fill what is kept of types, so that little of it is of use."""
+    arrays = (element(3, str(i), document(*_parts_of_an_array(f"T{i:05}"))) for i in range(3_000))
+    return document(element(4, "a", document(*arrays)), PAD)
+
+
+def _parts_of_an_array(name: str) -> tuple[bytes, ...]:
+    size = element(4, "size", document(integer("0", 1)))
+    return text("tag", "array"), datatype("type", "Main", name), size, binary("data", b"abcd")
