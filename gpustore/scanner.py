@@ -185,7 +185,7 @@ class Scanner:
         None for anything else, and where it is for the plain way to say what is wrong. Types and
         sizes that are alike are decoded once, and shared.
         """
-        if limit - start < tagged.FEWEST_NBYTES or not self.slot_nbytes or depth > MAX_DEPTH - 2:
+        if limit - start < tagged.FEWEST_NBYTES or depth > MAX_DEPTH - 2:
             return None
         nbytes = INT32.unpack_from(self.buffer, start)[0]
         if not tagged.FEWEST_NBYTES <= nbytes <= limit - start:

@@ -78,7 +78,10 @@ class Like(NamedTuple):
             data = Slot(first, stop - first)
         else:
             data = {**data, "offset": type(data["offset"])(INT64.unpack_from(buffer, first)[0])}
-        inner = {**inner, "data": data, "blake3": rest[len(self.after) : behind - stop]}
+        digest: Any = rest[len(self.after) : behind - stop]
+        if type(inner["blake3"]) is Slot:
+            digest = Slot(behind - DIGEST_NBYTES, DIGEST_NBYTES)
+        inner = {**inner, "data": data, "blake3": digest}
         return inner if "size" in node else {**node, "data": [inner]}
 
 
@@ -140,16 +143,16 @@ def _array(scanner: Any, first: int, after_type: int, at: int, end: int) -> dict
     node: dict[str, Any] = {"tag": "array", "type": head[0], "size": head[1]}
     if buffer[at : at + 3] == _PADDING:
         nbytes = INT32.unpack_from(buffer, at + 3)[0]
-        if buffer[at + 7] or not 0 <= nbytes < min(end - at - 24, scanner.slot_nbytes):
+        if buffer[at + 7] or not 0 <= nbytes < end - at - 24:
             return None
-        node["_"] = bytes(buffer[at + 8 : at + 8 + nbytes])
+        node["_"] = _binary(buffer, at + 8, at + 8 + nbytes, scanner.slot_nbytes)
         at += 8 + nbytes
     name, start = bytes(buffer[at : at + 6]), at + 11
     nbytes = INT32.unpack_from(buffer, at + 6)[0]
     stop = start + nbytes
     if name == DATA_ELEMENT and buffer[at + 10] == 0 and start <= stop < end:
-        is_large = nbytes >= min(scanner.slot_nbytes, PAGE_NBYTES)  # it is copied once at most
-        node["data"] = Slot(start, nbytes) if is_large else bytes(buffer[start:stop])
+        # so it is copied once at most
+        node["data"] = _binary(buffer, start, stop, min(scanner.slot_nbytes, PAGE_NBYTES))
     elif name == PLACE_ELEMENT[:6] and end - at > len(PLACE_ELEMENT) + len(DETACHED_TAIL) + 8:
         stop = at + len(PLACE_ELEMENT) + 8 + len(DETACHED_TAIL)
         numbers = buffer[at + len(PLACE_ELEMENT) : stop]
@@ -164,10 +167,16 @@ def _array(scanner: Any, first: int, after_type: int, at: int, end: int) -> dict
     if end - stop == len(DIGEST_ELEMENT) + DIGEST_NBYTES + 1:
         if bytes(buffer[stop : stop + len(DIGEST_ELEMENT)]) != DIGEST_ELEMENT:
             return None
-        node["blake3"] = bytes(buffer[end - 1 - DIGEST_NBYTES : end - 1])
+        digest = end - 1 - DIGEST_NBYTES
+        node["blake3"] = _binary(buffer, digest, end - 1, scanner.slot_nbytes)
     elif end - stop != 1:
         return None
     return None if buffer[end - 1] else node
+
+
+def _binary(buffer: Any, start: int, stop: int, slot_nbytes: int) -> bytes | Slot:
+    is_large = stop - start >= slot_nbytes
+    return Slot(start, stop - start) if is_large else bytes(buffer[start:stop])
 
 
 def _head(scanner: Any, start: int, stop: int, end: int) -> tuple[Any, Any] | None:
