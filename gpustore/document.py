@@ -157,6 +157,7 @@ def _attach(document: dict[str, Any], end: int, limit: int, scanner: Scanner) ->
     document. Those of rows are Slots already.
     """
     start = end
+    shared = {id(kind) for kind, _ in scanner.shared.values()}
     stack: list[Iterator[Any]] = [iter(document.values())]
     while stack:
         for node in stack[-1]:
@@ -172,7 +173,7 @@ def _attach(document: dict[str, Any], end: int, limit: int, scanner: Scanner) ->
                 collections.deque(itertools.islice(stack[-1], row[0] - 1), maxlen=0)
             elif type(data) is dict and node.get("tag") == "array" and "offset" in data:
                 data = node["data"] = _slot(data, scanner.name)
-            elif type(data) is list and node.get("tag") == "struct":
+            elif type(data) is list and id(node.get("type")) in shared:
                 stack.append(iter(data))  # its type holds no payload
                 break
             else:

@@ -174,6 +174,15 @@ def _array(scanner: Any, first: int, after_type: int, at: int, end: int) -> dict
     return None if buffer[end - 1] else node
 
 
+def _is_of_places(node: Any, has_slots: bool) -> bool:
+    """Whether there is the place of a payload in it, or of a binary where these are slots."""
+    if type(node) in (list, tuple):
+        return any(_is_of_places(child, has_slots) for child in node)
+    if type(node) is dict:
+        return "offset" in node or _is_of_places([*node.values()], has_slots)
+    return has_slots and type(node) is bytes
+
+
 def _binary(buffer: Any, start: int, stop: int, slot_nbytes: int) -> bytes | Slot:
     is_large = stop - start >= slot_nbytes
     return Slot(start, stop - start) if is_large else bytes(buffer[start:stop])
@@ -190,6 +199,9 @@ def _head(scanner: Any, start: int, stop: int, end: int) -> tuple[Any, Any] | No
             size = scanner.decode_whole(stop + 6, end, True) if end > stop else None
             found = scanner.decode_whole(start, stop, False), size
         except FormatError:  # the plain way says more
+            return None
+        # what says where in the file something lies is not the same for all
+        if _is_of_places(found, scanner.slot_nbytes <= _HEAD_NBYTES):
             return None
         if len(scanner.shared) < _HEADS:
             scanner.shared[octets] = found

@@ -14,6 +14,7 @@ import gpustore as gs
 from gpustore import document, encoder, rows, scanner
 from gpustore.document import Slot
 from gpustore.errors import GpustoreError
+from gpustore.julia import JuliaType, Struct
 
 
 @gs.model_type("Main.Pair")
@@ -175,3 +176,19 @@ def test_a_row_is_written_and_read_as_one(tmp_path, monkeypatch, shape, order):
     for made, array in zip(gs.load(path), arrays, strict=True):
         assert np.array_equal(made, array) and made.flags.c_contiguous == array.flags.c_contiguous
     assert sum(len(row.names) for row in read if row is not None) >= 70
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_arrays_within_types_are_found_where_they_lie(tmp_path, layout):
+    path = tmp_path / "types.bson"
+    held = [np.full(5, index, "f4") for index in range(9)]
+    kinds = [JuliaType(("Main", "A"), (array, "a" * 300)) for array in held]
+    structs = [Struct(kind, [np.ones((2, 3))]) for kind in kinds for _ in range(2)]
+    gs.save(path, {"structs": structs, "padding": "a" * 9000}, layout=layout)
+    found = gs.load(path, "structs", verify=True)
+    assert [struct.type.params[0].tolist() for struct in found[::2]] == [a.tolist() for a in held]
+    with gs.open_file(path) as stored:
+        assert stored.verify().arrays == 27
+    again = tmp_path / "again.bson"
+    gs.save(again, {"structs": found, "padding": "a" * 9000}, layout=layout)
+    assert again.read_bytes() == path.read_bytes()
