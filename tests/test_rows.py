@@ -183,12 +183,12 @@ def test_arrays_within_types_are_found_where_they_lie(tmp_path, layout):
     path = tmp_path / "types.bson"
     held = [np.full(5, index, "f4") for index in range(9)]
     kinds = [JuliaType(("Main", "A"), (array, "a" * 300)) for array in held]
-    structs = [Struct(kind, [np.ones((2, 3))]) for kind in kinds for _ in range(2)]
+    structs = [Struct(kind, [np.ones(3)]) for kind in kinds]
     gs.save(path, {"structs": structs, "padding": "a" * 9000}, layout=layout)
     found = gs.load(path, "structs", verify=True)
-    assert [struct.type.params[0].tolist() for struct in found[::2]] == [a.tolist() for a in held]
+    assert [struct.type.params[0].tolist() for struct in found] == [a.tolist() for a in held]
     with gs.open_file(path) as stored:
-        assert stored.verify().arrays == 27
+        assert stored.verify().arrays == 18
     again = tmp_path / "again.bson"
     gs.save(again, {"structs": found, "padding": "a" * 9000}, layout=layout)
     assert again.read_bytes() == path.read_bytes()
