@@ -174,13 +174,12 @@ def _array(scanner: Any, first: int, after_type: int, at: int, end: int) -> dict
     return None if buffer[end - 1] else node
 
 
-def _is_of_places(node: Any, has_slots: bool) -> bool:
-    """Whether there is the place of a payload in it, or of a binary where these are slots."""
-    if type(node) in (list, tuple):
-        return any(_is_of_places(child, has_slots) for child in node)
+def _has_binary(node: Any) -> bool:
     if type(node) is dict:
-        return "offset" in node or _is_of_places([*node.values()], has_slots)
-    return has_slots and type(node) is bytes
+        node = [*node.values()]
+    if type(node) in (list, tuple):
+        return any(map(_has_binary, node))
+    return type(node) is bytes
 
 
 def _binary(buffer: Any, start: int, stop: int, slot_nbytes: int) -> bytes | Slot:
@@ -201,7 +200,8 @@ def _head(scanner: Any, start: int, stop: int, end: int) -> tuple[Any, Any] | No
         except FormatError:  # the plain way says more
             return None
         # what says where in the file something lies is not the same for all
-        if _is_of_places(found, scanner.slot_nbytes <= _HEAD_NBYTES):
+        has_slots = scanner.slot_nbytes <= _HEAD_NBYTES
+        if b"\x12offset\0" in octets or (has_slots and _has_binary(found)):
             return None
         if len(scanner.shared) < _HEADS:
             scanner.shared[octets] = found
