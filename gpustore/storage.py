@@ -9,7 +9,6 @@ import os
 import re
 import stat
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
@@ -355,6 +354,8 @@ def _freed_beside(path: str) -> Iterator[None]:
     except OSError:  # not ours to read, or gone
         yield
         return
+    import threading  # 1 ms, for large files only
+
     try:
         yield
     finally:
@@ -373,7 +374,7 @@ def _wait_for_freeing() -> None:
             _freeing.pop().join()
 
 
-_freeing: list[threading.Thread] = []
+_freeing: list[Any] = []  # threads
 if hasattr(os, "register_at_fork"):  # a child would keep the descriptor, and so the space
     os.register_at_fork(before=_wait_for_freeing)
 
