@@ -91,9 +91,10 @@ def _depth(node: Any) -> int:
 def scan(buffer: Any, *, name: str = "buffer", slot_nbytes: int = SLOT_NBYTES) -> dict[str, Any]:
     """Return the document at the start of `buffer` (bytes, bytearray or mmap), checked.
 
-    Each binary of `slot_nbytes` or more is a `Slot`; documents smaller than that are decoded whole
-    by PyMongo's codec. What follows the document is not looked at. A length of -1 means that the
-    document ends at its terminator (docs/format.md). Raises TruncatedFileError or FormatError.
+    Each binary of `slot_nbytes` or more is a `Slot`, and in large documents the data of an array
+    from a page on; documents smaller than that are decoded whole by PyMongo's codec. What follows
+    the document is not looked at. A length of -1 means that the document ends at its terminator
+    (docs/format.md). Raises TruncatedFileError or FormatError.
 
     >>> scan(bytes.fromhex("0c0000001061000100000000"))
     {'a': 1}

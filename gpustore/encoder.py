@@ -152,9 +152,7 @@ class Encoder:
 
         What is the same for arrays of one type and size is joined once.
         """
-        outer, head, behind, levels = self.likes.get(_like(node, inner)) or self.like(node, inner)
-        self.enter(levels)
-        self.depth -= levels
+        outer, head, behind = self.like(node, inner)
         content = inner["data"]
         nbytes, open_nbytes = content.nbytes, len(outer) + 11 if outer else 0
         padding_at = self.position() + 1 + len(key) + open_nbytes + 4 + len(head)
@@ -170,18 +168,26 @@ class Encoder:
         self.segment = bytearray(behind)
         self.structures.append(self.segment)
 
-    def like(self, node: dict[str, Any], inner: dict[str, Any]) -> tuple[bytes, bytes, bytes, int]:
-        """Join what is the same for arrays of one type and size: what is before and behind them."""
-        kind, size = inner["type"], inner["size"]
-        head = ARRAY_HEAD + kind.bson + b"\x04size\0" + size.bson
-        outer, behind = b"", DIGEST_ELEMENT + bytes(DIGEST_NBYTES) + b"\0"
-        levels = 1 + max(kind.depth, size.depth)
-        if inner is not node:
-            outer = STRUCT_HEAD + node["type"].bson + b"\x04data\0"
-            behind += b"\0\0"
-            levels = 1 + max(node["type"].depth, 1 + levels)
-        found = self.likes[_like(node, inner)] = outer, head, behind, levels
-        return found
+    def like(self, node: dict[str, Any], inner: dict[str, Any]) -> tuple[bytes, bytes, bytes]:
+        """Return what is the same for arrays of one type and size, before and behind their data.
+
+        That of the struct around them comes first. All are held by the document that is encoded.
+        """
+        key = id(node["type"]), id(inner["type"]), id(inner["size"])
+        found = self.likes.get(key)
+        if found is None:
+            kind, size = inner["type"], inner["size"]
+            head = ARRAY_HEAD + kind.bson + b"\x04size\0" + size.bson
+            outer, behind = b"", DIGEST_ELEMENT + bytes(DIGEST_NBYTES) + b"\0"
+            levels = 1 + max(kind.depth, size.depth)
+            if inner is not node:
+                outer = STRUCT_HEAD + node["type"].bson + b"\x04data\0"
+                behind += b"\0\0"
+                levels = 1 + max(node["type"].depth, 1 + levels)
+            found = self.likes[key] = outer, head, behind, levels
+        self.enter(found[3])
+        self.depth -= found[3]
+        return found[:3]
 
     def row(self, keys: list[bytes], nodes: list[Any]) -> None:
         """Encode a row as one payload, made piece by piece when it is written."""
@@ -230,9 +236,7 @@ class DetachedEncoder(Encoder):
         self.segment += DIGEST_ELEMENT + bytes(DIGEST_NBYTES)
 
     def small_array(self, key: bytes, node: dict[str, Any], inner: dict[str, Any]) -> None:
-        outer, head, behind, levels = self.likes.get(_like(node, inner)) or self.like(node, inner)
-        self.enter(levels)
-        self.depth -= levels
+        outer, head, behind = self.like(node, inner)
         content = inner["data"]
         place = PLACE_ELEMENT + bytes(8) + DETACHED_TAIL[:8] + INT64.pack(content.nbytes) + b"\0"
         inner_nbytes = 4 + len(head) + len(place) + len(DIGEST_ELEMENT) + DIGEST_NBYTES + 1
@@ -361,10 +365,6 @@ def _is_small_array(node: dict[str, Any], inner: dict[str, Any]) -> bool:
         and inner["tag"] == "array"
         and (inner is node or (len(node) == 3 and type(node.get("type")) is Encoded))
     )
-
-
-def _like(node: dict[str, Any], inner: dict[str, Any]) -> tuple[int, int, int]:
-    return id(node["type"]), id(inner["type"]), id(inner["size"])
 
 
 def _opened(key: bytes, outer: bytes, nbytes: int) -> bytes:

@@ -212,7 +212,8 @@ def replacing(
                         file.reserve()
                         yield file
                         file.finish(durable=durable)
-                if old is not None and old.st_size >= _SLOWLY_FREED_NBYTES:
+                is_large = old is not None and old.st_size >= _SLOWLY_FREED_NBYTES
+                if is_large and os.name == "posix":  # Windows replaces no file that is open
                     freed.enter_context(_freed_beside(target))
                 os.replace(temporary, target)
         except BaseException:
