@@ -144,11 +144,12 @@ def write(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     nbytes = 8 + len(text) + position
+    scratch = transfer.Scratch()
     with storage.replacing(path, nbytes=nbytes) as file:
         file.reserve()
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            payload = transfer.payload_of(arrays[name], numpy_dtype(arrays[name]), "C")
+            payload = transfer.payload_of(arrays[name], numpy_dtype(arrays[name]), "C", scratch)
             for chunk in (payload,) if isinstance(payload, np.ndarray) else payload.chunks():
                 file.write(chunk)
                 if progress is not None:

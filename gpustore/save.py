@@ -26,7 +26,7 @@ from gpustore.values import Entries
 from gpustore.version import __version__
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 WRITER = f"gpustore {__version__}"
 _GATHER_NBYTES = 1024 * 1024  # smaller pieces are gathered into writes of this size
@@ -145,8 +145,10 @@ def paused_collector() -> Iterator[None]:
 def plan_of(root: Any, *, tag_devices: bool, layout: str = "auto") -> Plan:
     """Lower `root` and lay the file out; nothing is written."""
 
+    scratch = transfer.Scratch()
+
     def make_payload(array: Any, order: str) -> Payload | NDArray[Any]:
-        return transfer.payload_of(array, numpy_dtype(array), order)
+        return transfer.payload_of(array, numpy_dtype(array), order, scratch)
 
     column_major, spelling = _surveyed(root)
     lowerer = Lowerer(make_payload, column_major, tag_devices, spelling)
@@ -235,9 +237,8 @@ def _write_device_arrays(file: NewFile, out: _Output, plan: Plan) -> None:
 
 @contextlib.contextmanager
 def _hashing_thread(plan: Plan, file: NewFile) -> Iterator[ThreadPoolExecutor | None]:
-    """Give one thread that hashes while another writes; None where it does not pay."""
-    large = (p for p in plan.payloads if p.make_row is None and p.nbytes >= BESIDE_NBYTES)
-    if file.direct is not None or not any(large):  # a direct file hashes what it copies
+    """Give one thread that hashes what another makes and writes; None where it does not pay."""
+    if not any(_is_hashed_beside(payload, file) for payload in plan.payloads):
         yield None
         return
     from concurrent.futures import ThreadPoolExecutor  # 10 ms, for large arrays only
@@ -246,16 +247,30 @@ def _hashing_thread(plan: Plan, file: NewFile) -> Iterator[ThreadPoolExecutor | 
         yield beside
 
 
+def _is_hashed_beside(payload: Payload, file: NewFile) -> bool:
+    """Whether that pays: a direct file hashes what it copies, which is less than making it."""
+    is_large = payload.make_row is None and payload.nbytes >= BESIDE_NBYTES
+    return is_large and (payload.is_made or file.direct is None)
+
+
 def _stream(payload: Payload, out: _Output, beside: ThreadPoolExecutor | None, into: Any) -> None:
-    """Write the chunks of a payload and hash them, large ones on the thread beside if any."""
-    for chunk in payload.chunks():
-        if into is None or beside is None or chunk.nbytes < BESIDE_NBYTES:
+    """Write the chunks of a payload and hash them, on the thread beside if that pays.
+
+    There each is hashed while it is written and the next one is made.
+    """
+    if into is None or beside is None or not _is_hashed_beside(payload, out.file):
+        for chunk in payload.chunks():
             out.write(chunk, into)
-            continue
-        hashing = beside.submit(into.update, chunk)
-        try:
+        return
+    hashing: Future[Any] | None = None
+    try:
+        for chunk in payload.chunks():
+            if hashing is not None:
+                hashing.result()
+            hashing = beside.submit(into.update, chunk)
             out.write(chunk)
-        finally:
+    finally:
+        if hashing is not None:
             hashing.result()
 
 
