@@ -14,6 +14,8 @@ _NATIVE = {
     "Core.Int64": "<i8", "Core.UInt8": "u1", "Core.UInt16": "<u2", "Core.UInt32": "<u4",
     "Core.UInt64": "<u8", "Core.Float16": "<f2", "Core.Float32": "<f4", "Core.Float64": "<f8",
 }  # fmt: skip
+# the same by the parts of the name, for documents of types
+NATIVE_DTYPES = {name.replace(".", "\0"): np.dtype(code) for name, code in _NATIVE.items()}
 _COMPLEX = {"Core.Float32": "<c8", "Core.Float64": "<c16"}
 _FOREIGN = {  # read under these names, of the packages that define them
     "Core.BFloat16": "bfloat16", "BFloat16s.BFloat16": "bfloat16",

@@ -14,6 +14,7 @@ import numpy as np
 
 from gpustore import flux, specs, tree, twins, wrappers
 from gpustore.document import Slot, int64
+from gpustore.dtypes import NATIVE_DTYPES
 from gpustore.eras import StructKind
 from gpustore.errors import FormatError
 from gpustore.julia import (
@@ -67,7 +68,7 @@ class Lifter:
         # what is known of types and sizes that documents share, by ids of what is kept beside it
         self.heads: dict[tuple[int, Any], tuple[Any, ...]] = {}
         self.datatypes: dict[int, tuple[Any, JuliaType]] = {}
-        self.dtypes: dict[str, np.dtype[Any]] = {}  # of element types without parameters
+        self.dtypes = dict(NATIVE_DTYPES)  # of element types without parameters
         self.int64 = int64()
         self.shared = 0  # elements and bytes of lists and binaries that are parts of several values
         self.parts: set[int] = set()  # ids of those that `once` was asked about

@@ -154,7 +154,8 @@ class Scanner:
                 pitch = rows.pitch_at(self.buffer, position, name_end, limit)
                 if pitch is not None:
                     self.decode_run(run, position, is_array, keys, values)
-                    position = run = self.row(position, name_end, limit, depth, pitch, keys, values)
+                    place = position, name_end, limit, pitch
+                    position = run = self.row(*place, depth, is_array, keys, values)
                     continue
                 found = self.tagged_at(name_end + 1, limit, depth + 1)
                 if found is not None:
@@ -174,7 +175,7 @@ class Scanner:
                 continue
             if kind == 0:
                 return keys, values, position + 1
-            keys.append(self.text(position + 1, name_end))
+            keys.append("" if is_array else self.text(position + 1, name_end))
             value, position = self.value(kind, name_end + 1, limit, depth)
             values.append(value)
             run = position
@@ -202,8 +203,8 @@ class Scanner:
         return node, end
 
     def row(
-        self, position: int, name_end: int, limit: int, depth: int, pitch: int, keys: list[str],
-        values: list[Any],
+        self, position: int, name_end: int, limit: int, pitch: int, depth: int, is_array: bool,
+        keys: list[str], values: list[Any],
     ) -> int:  # fmt: skip
         """Read a row of array documents alike, or its first one; return the offset after it."""
         start = name_end + 1
@@ -212,7 +213,7 @@ class Scanner:
         assert isinstance(first, dict)
         row = rows.read(self.buffer, position, name_end, limit, pitch, first)
         if row is None:
-            keys.append(self.text(position + 1, name_end))
+            keys.append("" if is_array else self.text(position + 1, name_end))
             values.append(first)
             return end
         keys.extend(row.names)
@@ -325,12 +326,17 @@ class Scanner:
         octets = bytes(source[start:end])
         try:  # an array as a document: its names need not be numbers from 0 on
             decoded: dict[str, Any] = bson.decode(octets)
-            is_same = _is_same(octets, bson.encode(decoded))
+            if _is_same(octets, bson.encode(decoded)):
+                return list(decoded.values()) if is_array else decoded
+        except (bson.errors.BSONError, *_REFUSALS) as error:
+            if not is_array:
+                raise self.malformed(origin + start, f"PyMongo's codec says: {error}") from error
+        # of a key given twice the codec takes the last, and an undefined for a null
+        Scanner(source, self.name, 0, origin).document(start, end, 0, is_array)
+        if not is_array:
+            return decoded
+        try:  # BSON.jl ignores the names in an array
+            framed = INT32.pack(end - start + 7) + b"\x04\0" + octets + b"\0"
+            return cast("list[Any]", bson.decode(framed)[""])
         except (bson.errors.BSONError, *_REFUSALS) as error:
             raise self.malformed(origin + start, f"PyMongo's codec says: {error}") from error
-        if not is_same:  # of a key given twice it takes the last, and an undefined for a null
-            Scanner(source, self.name, 0, origin).document(start, end, 0, is_array)
-            if is_array:  # whose names BSON.jl ignores
-                framed = INT32.pack(end - start + 7) + b"\x04\0" + octets + b"\0"
-                return cast("list[Any]", bson.decode(framed)[""])
-        return list(decoded.values()) if is_array else decoded

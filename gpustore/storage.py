@@ -11,7 +11,6 @@ import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BufferedReader
 from typing import Any
 
 import numpy as np
@@ -59,10 +58,13 @@ class MappedFile:
             raise _is_a_folder(name)
         if not stat.S_ISREG(mode):
             raise FormatError(f"{name}: expected a regular file, found a device, pipe or socket")
-        with open(name, "rb") as stream:
+        descriptor = os.open(name, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
             if mmap:
-                return cls(name, _mapped(stream), _identity_of(stream.fileno()))
-            return cls(name, _read(stream))
+                return cls(name, _mapped(descriptor), _identity_of(descriptor))
+            return cls(name, _read(descriptor))
+        finally:
+            _let_go(descriptor)
 
     @property
     def buffer(self) -> mmap.mmap | bytearray:
@@ -150,11 +152,11 @@ def _is_a_folder(name: str) -> IsADirectoryError:
     return IsADirectoryError(errno.EISDIR, "expected a file, found a folder", name)
 
 
-def _mapped(stream: BufferedReader) -> mmap.mmap | bytearray:
+def _mapped(descriptor: int) -> mmap.mmap | bytearray:
     try:
-        return _private_mapping(stream.fileno())
+        return _private_mapping(descriptor)
     except (OSError, ValueError):  # a file system that cannot map, or an empty file
-        return _read(stream)
+        return _read(descriptor)
 
 
 def _private_mapping(descriptor: int) -> mmap.mmap:
@@ -167,9 +169,10 @@ def _private_mapping(descriptor: int) -> mmap.mmap:
     return mmap.mmap(descriptor, 0, flags, protection)
 
 
-def _read(stream: BufferedReader) -> bytearray:
-    whole = bytearray(os.fstat(stream.fileno()).st_size)
-    del whole[stream.readinto(whole) :]  # nothing, unless the file shrank meanwhile
+def _read(descriptor: int) -> bytearray:
+    with open(descriptor, "rb", closefd=False) as stream:
+        whole = bytearray(os.fstat(descriptor).st_size)
+        del whole[stream.readinto(whole) :]  # nothing, unless the file shrank meanwhile
     return whole
 
 

@@ -6,6 +6,7 @@ common is decoded once, and shared. Anything else is None, for the plain way to 
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import Any, NamedTuple
 
@@ -93,9 +94,10 @@ def read(scanner: Any, start: int, end: int, depth: int) -> dict[str, Any] | Non
         kind = _head(scanner, start, end, end) if end - start >= _TYPE_NBYTES else None
         return kind and kind[0]
     is_array = tag == ARRAY_HEAD
-    if not is_array and tag != STRUCT_HEAD[:-1]:
-        return None
-    first += not is_array
+    if not is_array:
+        if tag != STRUCT_HEAD[:-1] or buffer[first] != STRUCT_HEAD[-1]:
+            return None
+        first += 1
     after_type = first + INT32.unpack_from(buffer, first)[0]
     if not first < after_type < end - 11:
         return None
@@ -195,8 +197,8 @@ def _head(scanner: Any, start: int, stop: int, end: int) -> tuple[Any, Any] | No
         if len(octets) > _HEAD_NBYTES:
             return None
         try:
-            size = scanner.decode_whole(stop + 6, end, True) if end > stop else None
-            found = scanner.decode_whole(start, stop, False), size
+            size = _size(scanner, stop + 6, end) if end > stop else None
+            found = _kind(scanner, start, stop), size
         except FormatError:  # the plain way says more
             return None
         # what says where in the file something lies is not the same for all
@@ -206,3 +208,40 @@ def _head(scanner: Any, start: int, stop: int, end: int) -> tuple[Any, Any] | No
         if len(scanner.shared) < _HEADS:
             scanner.shared[octets] = found
     return found
+
+
+def _kind(scanner: Any, start: int, stop: int) -> Any:
+    """Return the document of a type; those without parameters are remembered by their bytes."""
+    octets = bytes(scanner.buffer[start:stop])
+    names = _plain.get(octets)
+    if names is not None:
+        return {"tag": "datatype", "name": [*names], "params": []}
+    kind = scanner.decode_whole(start, stop, False)
+    names = kind.get("name")
+    if type(names) is not list or kind != {"tag": "datatype", "name": names, "params": []}:
+        return kind
+    is_small = len(octets) < _TYPE_NBYTES and len(_plain) < _HEADS
+    if is_small and list(kind) == ["tag", "name", "params"] and {*map(type, names)} == {str}:
+        _plain[octets] = tuple(names)
+    return kind
+
+
+_plain: dict[bytes, tuple[str, ...]] = {}  # of all files
+
+
+def _size(scanner: Any, start: int, stop: int) -> Any:
+    """Return the size of an array: a list of int64 numbers of at most ten dimensions is usual."""
+    count, rest = divmod(stop - start - 5, 11)
+    if rest == 0 and 0 < count <= 10:
+        form, names = _sizes(count)
+        nbytes, *parts = form.unpack(scanner.buffer[start:stop])
+        if nbytes == stop - start and (*parts[::2],) == names:
+            return [*map(int64(), parts[1::2])]
+    return scanner.decode_whole(start, stop, True)
+
+
+@functools.cache
+def _sizes(count: int) -> tuple[struct.Struct, tuple[bytes, ...]]:
+    """Return the form of the size of so many dimensions, and what is between its numbers."""
+    names = (b"\x12%d\0" % number for number in range(count))
+    return struct.Struct("<i" + "3sq" * count + "s"), (*names, b"\0")

@@ -147,6 +147,21 @@ def test_a_damaged_row_gives_what_its_elements_would_give(row_files, folder, cha
         assert outcome(path) == found
 
 
+def test_each_bit_of_a_type_and_a_size_gives_what_the_codec_would_give(tmp_path):
+    path, model = tmp_path / "damaged.bson", {"a": np.ones((60, 50)), "b": np.ones((60, 50))}
+    gs.save(path, model, durable=False)
+    whole = path.read_bytes()
+    for position in range(4, whole.index(b"\x05data\0")):
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << bit
+            path.write_bytes(damaged)
+            found = outcome(path)
+            with pytest.MonkeyPatch.context() as patch:
+                plainly(patch)
+                assert outcome(path) == found, (position, bit)
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 3)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_arrays_of_a_row_do_not_overlap(tmp_path, layout, shape):
