@@ -15,7 +15,7 @@ _NATIVE = {
     "Core.UInt64": "<u8", "Core.Float16": "<f2", "Core.Float32": "<f4", "Core.Float64": "<f8",
 }  # fmt: skip
 # the same by the parts of the name, for documents of types
-NATIVE_DTYPES = {name.replace(".", "\0"): np.dtype(code) for name, code in _NATIVE.items()}
+NATIVE_DTYPES = {tuple(name.split(".")): np.dtype(code) for name, code in _NATIVE.items()}
 _COMPLEX = {"Core.Float32": "<c8", "Core.Float64": "<c16"}
 _FOREIGN = {  # read under these names, of the packages that define them
     "Core.BFloat16": "bfloat16", "BFloat16s.BFloat16": "bfloat16",

@@ -111,7 +111,7 @@ def array_spec(lifter: Any, node: dict[str, Any], path: str) -> ArraySpec | Juli
     dtype = dtype_at(lifter, node, element_type, path)
     kind = element_type if isinstance(element_type, JuliaType) else None
     if dtype is not None and "dtype" not in node and kind is not None and not kind.params:
-        lifter.dtypes["\0".join(kind.path)] = dtype
+        lifter.dtypes[kind.path] = dtype
     if dtype is None or isinstance(payload, list):
         count, found = math.prod(shape), nbytes_of(payload)
         if count != found if isinstance(payload, list) else found % count if count else found:
@@ -167,8 +167,10 @@ def _usual_head(lifter: Any, kind: Any, sizes: Any) -> tuple[Any, ...] | None:
     if not is_usual or kind.get("tag") != "datatype" or len(sizes) > MAX_RANK:
         return None
     names = kind.get("name")
+    if type(names) is not list:
+        return None
     try:
-        dtype, count = lifter.dtypes.get("\0".join(names)), 1
+        dtype, count = lifter.dtypes.get(tuple(names)), 1
     except TypeError:
         return None
     for size in sizes:

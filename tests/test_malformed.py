@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bson
+import numpy as np
 import pytest
 from bson import Int64 as I
 
@@ -82,3 +83,15 @@ def test_keys_that_mongodb_gives_a_meaning_are_keys(tmp_path):
     assert gs.load(path, "a") == {"$ref": "b", "$id": 1}
     gs.save(path, a={"$ref": "b", "$id": 1})
     assert gs.load(path, "a") == {"$ref": "b", "$id": 1}
+
+
+@pytest.mark.parametrize("name", [{"Core": 1, "Float32": 2}, ["Core\0Float32"], "Core"])
+def test_a_type_of_another_name_is_not_taken_for_a_known_one(tmp_path, name):
+    kind = {"tag": "datatype", "name": name, "params": []}
+    array = {"tag": "array", "type": kind, "size": [I(1)], "data": bytes(4)}
+    (tmp_path / "f").write_bytes(bson.encode({"a": array}))
+    if isinstance(name, list):
+        assert not isinstance(gs.load(tmp_path / "f", "a"), np.ndarray)
+    else:
+        with pytest.raises(gs.FormatError, match="is not a list of strings"):
+            gs.load(tmp_path / "f", "a")
