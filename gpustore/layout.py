@@ -43,8 +43,9 @@ class Payload:
     with a row of elements, but for the payloads and digests in it: `make_row` yields buffers and
     what of them is structure. `content` is the C-contiguous host array of a small one,
     `device_array` the array of CuPy whose row-major bytes they are, where there is one; then they
-    may be hashed, and written, before their turn comes. `is_made` says that the buffers are made
-    on the way, which takes as long as writing them. Each stays as it is until the next but one.
+    may be hashed, and written, before their turn comes. `is_host` says that any thread may ask for
+    the chunks, `is_made` that they are made on the way, which takes as long as writing them: then
+    each stays as it is until the next but one.
     """
 
     nbytes: int
@@ -55,6 +56,7 @@ class Payload:
     device_array: Any = None
     digest: bytes | None = None
     is_written: bool = False
+    is_host: bool = False
     is_made: bool = False
 
     def chunks(self) -> Iterable[Any]:

@@ -6,20 +6,20 @@ import contextlib
 import errno
 import mmap
 import os
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
+    from concurrent.futures import ThreadPoolExecutor
 
 _DIRECT_NBYTES = 32 * 1024 * 1024  # durable files from this size on go past the page cache
 _BLOCK_NBYTES = 4096  # of positions, sizes and addresses; no disk asks for more
 _HUGE_NBYTES = 2 * 1024 * 1024
 _STAGE_NBYTES = 4 * 1024 * 1024
-_STAGES = 4
+_STAGES = 4  # more than threads that fill them (see `output`)
 _CACHED_NBYTES = 64 * 1024  # copied and then hashed
 _THREADS = 2
 _NO_FALLOCATE = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -28,7 +28,7 @@ _NO_FALLOCATE = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 class NewFile:
     """The file that is being written in the place of another; `written` counts its bytes."""
 
-    __slots__ = ("_nbytes", "_position", "descriptor", "direct", "target", "written")
+    __slots__ = ("_nbytes", "_position", "_stream", "descriptor", "direct", "target", "written")
 
     def __init__(
         self,
@@ -39,13 +39,14 @@ class NewFile:
     ) -> None:
         self.descriptor, self._nbytes, self.target = descriptor, nbytes, target
         self.direct, self.written, self._position = direct, 0, 0
+        self._stream = None if direct is None else _DirectStream(direct)
 
     def write(self, buffer: Any, hasher: Any = None) -> None:
         """Append all bytes of a C-contiguous buffer of any dtype, and update the `hasher`."""
         flat = np.frombuffer(buffer, np.uint8)
         with self._explained():
-            if self.direct is not None:
-                self.direct.write(flat, self._position, hasher)
+            if self._stream is not None:
+                self._stream.write(flat, self._position, hasher)
             else:
                 self._write_plainly(flat.data)
                 if hasher is not None:
@@ -80,6 +81,25 @@ class NewFile:
                     raise OSError(errno.EIO, "the file system took no bytes")
             done += count
 
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[Callable[[Any, int, Any], None]]:
+        """Give one thread of several what writes flat octets at a position and hashes them.
+
+        `skip` counts them later.
+        """
+        if self.direct is None:
+
+            def write(octets: Any, position: int, hasher: Any) -> None:
+                hasher.update(octets.data)
+                self.write_at(octets, position)
+
+            yield write
+            return
+        stream = _DirectStream(self.direct)
+        with self._explained():
+            yield stream.write
+            stream.submit()
+
     def skip(self, nbytes: int) -> None:
         """Go on writing after bytes that `write_at` has written here."""
         self.seek(self._position + nbytes)
@@ -108,8 +128,9 @@ class NewFile:
 
     def finish(self, *, durable: bool) -> None:
         """Check that all was written, and have it reach the disk."""
-        if self.direct is not None:
+        if self.direct is not None and self._stream is not None:
             with self._explained():
+                self._stream.submit()
                 self.direct.drain()
         if self.written != self._nbytes:
             raise AssertionError(
@@ -145,67 +166,46 @@ class DirectWriter:
     """Writes past the page cache (O_DIRECT): how much data reaches the disk soonest.
 
     The kernel takes whole blocks from page-aligned memory only, so all is copied into a few buffers
-    of such memory and written from there by threads, while the next ones are filled. Parts of
-    blocks, at the ends and beside places that were left out, go to the `plain` descriptor last:
-    written in between, they would wait for all that is under way. So does what the file system
-    refuses.
+    of such memory and written from there by threads, while others are filled. Parts of blocks, at
+    the ends and beside places that were left out, go to the `plain` descriptor last: written in
+    between, they would wait for all that is under way. So does what the file system refuses.
     """
 
     def __init__(self, descriptor: int, plain: int, threads: ThreadPoolExecutor) -> None:
         self._descriptors, self._threads = (descriptor, plain), threads
-        self._stages: deque[tuple[Any, Future[None] | None]] = deque()
-        # of the first stage: where in the file it lies, and what of it is filled
-        self._base, self._filled = 0, slice(0, 0)
+        self._free: SimpleQueue[Any] = SimpleQueue()
+        for stage in _aligned_memory(_STAGES * _STAGE_NBYTES).reshape(_STAGES, -1):
+            self._free.put(stage)
+        self._failure: BaseException | None = None
         self._edges: list[tuple[int, Any]] = []
 
-    def write(self, octets: Any, position: int, hasher: Any = None) -> None:
-        """Have flat octets written at `position`, and the `hasher` updated with them.
-
-        They have been copied when this returns, in pieces that are hashed while they lie in the
-        core's cache. Errors come from later calls, or `drain`.
-        """
-        if position != self._base + self._filled.stop:
-            self._submit()
-            first = position % _BLOCK_NBYTES
-            self._base, self._filled = position - first, slice(first, first)
-        done = 0
-        while done < octets.size:
-            first, last = self._filled.start, self._filled.stop
-            copied = self._stage()[last : last + min(octets.size - done, _CACHED_NBYTES)]
-            np.copyto(copied, octets[done : done + copied.size])
-            if hasher is not None:
-                hasher.update(copied.data)
-            self._filled = slice(first, last + copied.size)
-            done += copied.size
-            if self._filled.stop == _STAGE_NBYTES:
-                self._submit()
-
-    def _stage(self) -> Any:
-        """Return the memory of the first stage, waiting until it may be filled."""
-        if not self._stages:
-            whole = _aligned_memory(_STAGES * _STAGE_NBYTES).reshape(_STAGES, -1)
-            self._stages.extend((stage, None) for stage in whole)
-        stage, writing = self._stages[0]
-        if writing is not None:
-            writing.result()
-            self._stages[0] = stage, None
+    def stage(self) -> Any:
+        """Return memory to be filled, as soon as some is free; `submit` takes it back."""
+        stage = self._free.get()
+        if self._failure is not None:
+            self._free.put(stage)
+            raise self._failure
         return stage
 
-    def _submit(self) -> None:
-        """Have the whole blocks of the first stage written, and go on with the next one."""
-        first, last = self._filled.start, self._filled.stop
-        base, self._base, self._filled = self._base, self._base + last, slice(0, 0)
-        if first == last:
-            return
-        stage = self._stage()
+    def submit(self, stage: Any, filled: slice, base: int) -> None:
+        """Have what is filled of a stage, which begins at `base` of the file, written."""
+        first, last = filled.start, filled.stop
         start = min(-(-first // _BLOCK_NBYTES) * _BLOCK_NBYTES, last)
         stop = max(last - last % _BLOCK_NBYTES, start)
         edges = (first, start), (stop, last)
         self._edges += [(base + one, bytes(stage[one:end])) for one, end in edges if one < end]
         if start < stop:
-            writing = self._threads.submit(self.write_from, stage[start:stop], base + start)
-            self._stages[0] = stage, writing
-            self._stages.rotate(-1)
+            self._threads.submit(self._write_stage, stage, start, stop, base)
+        else:
+            self._free.put(stage)
+
+    def _write_stage(self, stage: Any, start: int, stop: int, base: int) -> None:
+        try:
+            self.write_from(stage[start:stop], base + start)
+        except BaseException as error:
+            self._failure = self._failure or error
+        finally:
+            self._free.put(stage)
 
     def write_from(self, octets: Any, position: int, *, past: bool = True) -> None:
         """Write octets by the thread that calls, `past` the page cache: blocks in whole pages."""
@@ -224,12 +224,53 @@ class DirectWriter:
 
     def drain(self) -> None:
         """Have all written that was not yet, wait for it, and raise what went wrong."""
-        self._submit()
-        for _, writing in self._stages:
-            if writing is not None:
-                writing.result()
+        for stage in [self._free.get() for _ in range(_STAGES)]:
+            self._free.put(stage)
+        if self._failure is not None:
+            raise self._failure
         for position, edge in self._edges:
             self.write_from(np.frombuffer(edge, np.uint8), position, past=False)
+
+
+class _DirectStream:
+    """What one thread writes past the page cache, piece by piece: the stage that it fills."""
+
+    def __init__(self, writer: DirectWriter) -> None:
+        self._writer = writer
+        self._stage: Any = None
+        # where in the file the stage lies, and what of it is filled
+        self._base, self._filled = 0, slice(0, 0)
+
+    def write(self, octets: Any, position: int, hasher: Any = None) -> None:
+        """Have flat octets written at `position`, and the `hasher` updated with them.
+
+        They have been copied when this returns, in pieces that are hashed while they lie in the
+        core's cache. Errors come from later calls, or the writer's `drain`.
+        """
+        if position != self._base + self._filled.stop:
+            self.submit()
+            first = position % _BLOCK_NBYTES
+            self._base, self._filled = position - first, slice(first, first)
+        done = 0
+        while done < octets.size:
+            if self._stage is None:
+                self._stage = self._writer.stage()
+            first, last = self._filled.start, self._filled.stop
+            copied = self._stage[last : last + min(octets.size - done, _CACHED_NBYTES)]
+            np.copyto(copied, octets[done : done + copied.size])
+            if hasher is not None:
+                hasher.update(copied.data)
+            self._filled = slice(first, last + copied.size)
+            done += copied.size
+            if self._filled.stop == _STAGE_NBYTES:
+                self.submit()
+
+    def submit(self) -> None:
+        """Have what is in the stage written, and go on after it with another."""
+        if self._stage is not None:
+            self._writer.submit(self._stage, self._filled, self._base)
+        self._stage = None
+        self._base, self._filled = self._base + self._filled.stop, slice(0, 0)
 
 
 def _aligned_memory(nbytes: int) -> Any:

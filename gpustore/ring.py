@@ -8,12 +8,9 @@ each array whole: the same bytes, slower.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +23,7 @@ from gpustore.errors import DeviceMemoryError
 from gpustore.layout import Payload
 from gpustore.newfile import NewFile
 from gpustore.storage import NO_FILE, Reader
+from gpustore.workers import Crew
 
 GROUP_NBYTES = 256 * 1024  # arrays below this size share a copy
 _ALIGNMENT = 256  # of the arrays in a group, as cudaMalloc aligns
@@ -66,7 +64,7 @@ def write_device_arrays(
     if not large:
         return
 
-    def by_host(ring: _Ring, lane: staging.Lane, piece: _PieceToWrite) -> int:
+    def by_host(ring: Crew, lane: staging.Lane, piece: _PieceToWrite) -> int:
         whole, start, nbytes = piece
         host = lane.to_host(whole.octets, start, nbytes)
         file.write_at(host, whole.offset + start)
@@ -78,7 +76,7 @@ def write_device_arrays(
                     whole.payload.digest = whole.hasher.digest()
         return nbytes
 
-    def directly(ring: _Ring, lane: staging.Lane, piece: _PieceToWrite) -> int:
+    def directly(ring: Crew, lane: staging.Lane, piece: _PieceToWrite) -> int:
         whole, start, nbytes = piece
         if direct is None or whole.payload.digest is None:  # the host hashes
             return by_host(ring, lane, piece)
@@ -203,7 +201,7 @@ def to_devices(
     placed: list[Any] = [None] * len(arrays)
     slabs: list[_Slab] = []
 
-    def by_host(ring: _Ring, lane: staging.Lane, piece: _PieceToRead) -> int:
+    def by_host(ring: Crew, lane: staging.Lane, piece: _PieceToRead) -> int:
         slab, start, nbytes = piece
         if len(slab.members) == 1:
             reader.read(lane.host[:nbytes], slab.members[0][1][start : start + nbytes])
@@ -213,7 +211,7 @@ def to_devices(
         lane.to_device(slab.octets, start, nbytes)
         return nbytes
 
-    def directly(ring: _Ring, lane: staging.Lane, piece: _PieceToRead) -> int:
+    def directly(ring: Crew, lane: staging.Lane, piece: _PieceToRead) -> int:
         slab, start, nbytes = piece
         offset = reader.offset_of(slab.members[0][1])
         if direct is None or offset is None or len(slab.members) > 1:
@@ -292,125 +290,32 @@ def _move(
     seconds = []
     for way in ways if len(ways) > 1 else ():
         began = time.perf_counter()
-        _Ring(count).run(itertools.islice(pieces, _TRIAL_PIECES), way, starts, report)
+        _run(itertools.islice(pieces, _TRIAL_PIECES), count, way, starts, report)
         seconds.append(time.perf_counter() - began)
     fastest = ways[seconds.index(min(seconds))] if seconds else ways[0]
-    _Ring(count).run(pieces, fastest, starts, report)
+    _run(pieces, count, fastest, starts, report)
 
 
-def _join(threads: list[threading.Thread]) -> None:
-    """Wait for threads that end by themselves; Ctrl-C meanwhile is raised when they have.
+def _run(
+    pieces: Iterator[Any],
+    count: int,
+    way: _Way,
+    starts: staging.Origins,
+    report: Report,
+) -> None:
+    """Move the pieces, `count` at most, this `way`: no lane touches a thing when this is over."""
+    room = staging.ring_nbytes() // staging.LANE_NBYTES
+    lanes = max(min(room, _MAX_LANES, 2 * (os.cpu_count() or 1), count), 1)
+    ring = Crew(pieces, lanes, "gpustore-lane")
 
-    Were it raised at once, the caller would close files and free buffers that they still use.
-    """
-    late: BaseException | None = None
-    while True:
-        try:
-            for thread in threads:
-                while thread in threading.enumerate():
-                    if thread.is_alive():
-                        thread.join()
-                    else:  # its start was interrupted
-                        time.sleep(0.001)
-            break
-        except BaseException as error:
-            late = late or error
-    if late is not None:
-        raise late
+    def work() -> None:
+        with staging.Lane(staging.LANE_NBYTES, starts) as lane:
+            for piece in ring.pieces():
+                ring.say_done(way(ring, lane, piece))
 
-
-class _Ring:
-    """Lanes on threads of their own, and what they wait for: their turn, or the end.
-
-    There are `count` pieces to be moved at most, and no more lanes than that.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._changed = threading.Condition()
-        self._failure: BaseException | None = None
-        self._is_stopped = False
-        self._moved = self._lanes = 0
-
-    def run(
-        self,
-        pieces: Iterator[Any],
-        way: _Way,
-        starts: staging.Origins,
-        report: Report,
-    ) -> None:
-        """Let the lanes move all pieces this `way`, and report here how many bytes each was.
-
-        Raises what failed first. When this returns or raises, no lane touches a buffer, a file or a
-        device any more.
-        """
-        room = staging.ring_nbytes() // staging.LANE_NBYTES
-        self._lanes = max(min(room, _MAX_LANES, 2 * (os.cpu_count() or 1), self._count), 1)
-        threads = [
-            threading.Thread(target=self._work, args=(pieces, way, starts), name="gpustore-lane")
-            for _ in range(self._lanes)
-        ]
-        try:
-            for thread in threads:
-                thread.start()
-            while self._lanes or self._moved:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._moved or not self._lanes)
-                    moved, self._moved = self._moved, 0
-                report(moved)
-        finally:  # after Ctrl-C too, which arrives here
-            self._stop(None)
-            _join(threads)
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            try:
-                raise failure
-            finally:
-                del failure  # else it and this frame hold each other, and all that is placed
-
-    def _work(self, pieces: Iterator[Any], way: _Way, starts: staging.Origins) -> None:
-        try:
-            with staging.Lane(staging.LANE_NBYTES, starts) as lane:
-                while True:
-                    with self._changed:
-                        piece = None if self._is_stopped else next(pieces, None)
-                    if piece is None:
-                        break
-                    moved = way(self, lane, piece)
-                    with self._changed:
-                        self._moved += moved
-                        self._changed.notify_all()
-        except BaseException as error:
-            _let_go(error)
-            self._stop(error)
-        with self._changed:
-            self._lanes -= 1
-            self._changed.notify_all()
-
-    def _stop(self, failure: BaseException | None) -> None:
-        with self._changed:
-            self._is_stopped = True
-            self._failure = self._failure or failure
-            self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def turn(self, is_due: Callable[[], bool]) -> Iterator[None]:
-        """Enter when it is due, or when the ring has stopped and it does not matter any more."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_stopped or is_due())
-        yield
-        with self._changed:
-            self._changed.notify_all()
+    ring.run(work, report)
 
 
-def _let_go(error: BaseException) -> None:
-    """Clear the frames that an error and its causes keep, which hold arrays of the device."""
-    link: BaseException | None = error
-    while link is not None:
-        traceback.clear_frames(link.__traceback__)
-        link = link.__cause__ or link.__context__
-
-
-_Way = Callable[[_Ring, staging.Lane, Any], int]
+_Way = Callable[[Crew, staging.Lane, Any], int]
 _PieceToWrite = tuple[_Whole, int, int]  # from a byte on, so many
 _PieceToRead = tuple[_Slab, int, int]

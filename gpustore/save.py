@@ -7,31 +7,24 @@ import copy
 import gc
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 from numpy.typing import NDArray
 
-from gpustore import devices, document, ring, storage, transfer, tree
+from gpustore import devices, document, transfer, tree
 from gpustore.dictionaries import is_document
-from gpustore.digest import blake3_digest, hasher
-from gpustore.document import PAYLOAD_DIGEST, STRUCTURE_DIGEST, Payload, Plan, Slot
+from gpustore.document import Payload, Plan, Slot
 from gpustore.errors import UnsupportedValueError
 from gpustore.flux import in_layout, is_of_optimiser, kind_of
 from gpustore.julia import JuliaType, Struct
 from gpustore.lower import Lowerer
-from gpustore.newfile import NewFile
+from gpustore.output import Progress, write_plan
 from gpustore.typeof import numpy_dtype
 from gpustore.values import Entries
 from gpustore.version import __version__
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
-
 WRITER = f"gpustore {__version__}"
-_GATHER_NBYTES = 1024 * 1024  # smaller pieces are gathered into writes of this size
-BESIDE_NBYTES = 1024 * 1024  # chunks from this size on are hashed beside the writing
-Progress = Callable[[int, int], None]
 
 
 def save(
@@ -208,177 +201,6 @@ def _lower_root(lowerer: Lowerer, root: Any) -> dict[str, Any]:
     return dict(node)
 
 
-def write_plan(
-    path: str | os.PathLike[str], plan: Plan, durable: bool, progress: Progress | None
-) -> None:
-    """Stream a plan into a new file at `path`, filling in the digests on the way."""
-    with (
-        storage.replacing(path, nbytes=plan.nbytes, durable=durable) as file,
-        _hashing_thread(plan, file) as beside,
-    ):
-        out = _Output(file, plan.nbytes, progress)
-        _write_device_arrays(file, out, plan)
-        write = _write_detached if plan.places else _write_inline
-        write(file, out, plan, beside)
-
-
-def _write_device_arrays(file: NewFile, out: _Output, plan: Plan) -> None:
-    """Write large arrays of devices before all else, at their places."""
-    if all(payload.device_array is None for payload in plan.payloads):
-        return
-    offsets = [place.offset for place in plan.places]
-    if not offsets:
-        position = 0
-        for structure, payload in zip(plan.structures, plan.payloads, strict=False):
-            offsets.append(position + len(structure))
-            position = offsets[-1] + payload.nbytes
-    ring.write_device_arrays(file, plan.payloads, offsets, out.report)
-
-
-@contextlib.contextmanager
-def _hashing_thread(plan: Plan, file: NewFile) -> Iterator[ThreadPoolExecutor | None]:
-    """Give one thread that hashes what another makes and writes; None where it does not pay."""
-    if not any(_is_hashed_beside(payload, file) for payload in plan.payloads):
-        yield None
-        return
-    from concurrent.futures import ThreadPoolExecutor  # 10 ms, for large arrays only
-
-    with ThreadPoolExecutor(1, "gpustore-hashing") as beside:
-        yield beside
-
-
-def _is_hashed_beside(payload: Payload, file: NewFile) -> bool:
-    """Whether that pays: a direct file hashes what it copies, which is less than making it."""
-    is_large = payload.make_row is None and payload.nbytes >= BESIDE_NBYTES
-    return is_large and (payload.is_made or file.direct is None)
-
-
-def _stream(payload: Payload, out: _Output, beside: ThreadPoolExecutor | None, into: Any) -> None:
-    """Write the chunks of a payload and hash them, on the thread beside if that pays.
-
-    There each is hashed while it is written and the next one is made.
-    """
-    if into is None or beside is None or not _is_hashed_beside(payload, out.file):
-        for chunk in payload.chunks():
-            out.write(chunk, into)
-        return
-    hashing: Future[Any] | None = None
-    try:
-        for chunk in payload.chunks():
-            if hashing is not None:
-                hashing.result()
-            hashing = beside.submit(into.update, chunk)
-            out.write(chunk)
-    finally:
-        if hashing is not None:
-            hashing.result()
-
-
-def _stream_hashed(payload: Payload, out: _Output, beside: ThreadPoolExecutor | None) -> bytes:
-    """Write the chunks of a payload, as far as it has not been done; return its digest."""
-    if payload.content is not None:
-        octets = payload.content.tobytes()
-        out.write(octets)
-        return blake3_digest(octets)
-    if payload.is_written:
-        out.skip(payload.nbytes)
-    elif payload.digest is not None:
-        _stream(payload, out, beside, None)
-    if payload.digest is not None:
-        return payload.digest
-    own = hasher()
-    _stream(payload, out, beside, own)
-    return own.digest()
-
-
-def _write_inline(
-    file: NewFile, out: _Output, plan: Plan, beside: ThreadPoolExecutor | None
-) -> None:
-    """Write structures and payloads in turn; the digest of a payload follows it."""
-    whole = hasher()
-    for index, payload in enumerate(plan.payloads):
-        whole.update(plan.structures[index])
-        out.write(plan.structures[index])
-        if payload.make_row is not None:  # the digests are in it
-            for octets, structure in payload.make_row():
-                whole.update(structure)
-                out.write(octets)
-        elif payload.is_bare:
-            _stream(payload, out, beside, whole)
-        else:
-            plan.structures[index + 1][PAYLOAD_DIGEST] = _stream_hashed(payload, out, beside)
-    last = plan.structures[-1]
-    whole.update(last[: STRUCTURE_DIGEST.start])
-    whole.update(last[STRUCTURE_DIGEST.stop :])
-    last[STRUCTURE_DIGEST] = whole.digest()
-    out.write(last)
-    out.flush()
-
-
-def _write_detached(
-    file: NewFile, out: _Output, plan: Plan, beside: ThreadPoolExecutor | None
-) -> None:
-    """Stream the payloads to their places, then the document, which holds their digests."""
-    (structure,) = plan.structures
-    position, gaps = len(structure), []
-    file.seek(position)
-    for payload, place in zip(plan.payloads, plan.places, strict=True):
-        gaps.append(bytes(place.offset - position))
-        out.write(gaps[-1])
-        if payload.make_row is not None:  # the digests are in the document
-            for octets, gap in payload.make_row():
-                gaps.append(gap)
-                out.write(octets)
-        elif place.digest is not None:
-            structure[place.digest] = _stream_hashed(payload, out, beside)
-        position = place.offset + payload.nbytes
-    out.flush()
-    whole = hasher()
-    whole.update(structure[: STRUCTURE_DIGEST.start])
-    whole.update(structure[STRUCTURE_DIGEST.stop :])
-    for gap in gaps:
-        whole.update(gap)
-    structure[STRUCTURE_DIGEST] = whole.digest()
-    file.seek(0)
-    out.write(structure)
-    out.flush()
-
-
-class _Output:
-    """Gathers small pieces into writes of `_GATHER_NBYTES`, and reports what is written."""
-
-    def __init__(self, file: NewFile, nbytes: int, progress: Progress | None) -> None:
-        self.file, self.nbytes, self.progress = file, nbytes, progress
-        self.done, self.gathered = 0, bytearray()
-
-    def write(self, piece: Any, hasher: Any = None) -> None:
-        view = memoryview(piece)
-        if len(self.gathered) + view.nbytes < _GATHER_NBYTES:
-            self.gathered += view
-            if hasher is not None:
-                hasher.update(view)
-            return
-        self.flush()
-        self.file.write(view, hasher)
-        self.report(view.nbytes)
-
-    def flush(self) -> None:
-        gathered, self.gathered = self.gathered, bytearray()
-        if gathered:
-            self.file.write(gathered)
-            self.report(len(gathered))
-
-    def skip(self, nbytes: int) -> None:
-        """Go on after bytes that are in the file already, and reported."""
-        self.flush()
-        self.file.skip(nbytes)
-
-    def report(self, nbytes: int) -> None:
-        self.done += nbytes
-        if self.progress is not None:
-            self.progress(self.done, self.nbytes)
-
-
 def save_document(
     path: str | os.PathLike[str],
     content: dict[str, Any],
@@ -415,4 +237,4 @@ def _slot_payload(buffer: Any, slot: Slot) -> Payload:
             stop = min(start + transfer.CHUNK_NBYTES, slot.offset + slot.nbytes)
             yield memoryview(buffer)[start:stop]
 
-    return Payload(slot.nbytes, chunks)
+    return Payload(slot.nbytes, chunks, is_host=True)

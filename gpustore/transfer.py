@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from gpustore import devices, staging
 from gpustore.layout import SLOT_NBYTES, SMALL_NBYTES, TURNED_NBYTES, Payload
 
 CHUNK_NBYTES = 8 * 1024 * 1024
-_BLOCK_NBYTES = 4 * 1024 * 1024  # of transposed bytes, made at once
+_BLOCK_NBYTES = 4 * 1024 * 1024  # of bytes that are made, at once
 _TILE_NBYTES = 256 * 1024  # of them, made within a core's own caches
 _TILE_COLUMNS = 128  # where there are as many
 _LINE_NBYTES = 64  # of a core's cache
@@ -25,8 +26,8 @@ _PLAIN = frozenset(
 )
 
 
-class Scratch:
-    """Memory for what is made on the way, used again and again: fresh pages would take long."""
+class Scratch(threading.local):
+    """Memory for what a thread makes on the way, used again and again: fresh pages take long."""
 
     def __init__(self) -> None:
         self._held: dict[str, Any] = {}
@@ -69,8 +70,9 @@ def payload_of(
     there = staging.cuda_array(array) if nbytes else None
     if there is not None and order == "F":
         there = there.T
-    is_made = type(array) is np.ndarray and not _lies(array.T if order == "F" else array, dtype)
-    return Payload(nbytes, chunks, device_array=there, is_made=is_made)
+    is_host = type(array) is np.ndarray
+    is_made = is_host and not _lies(array.T if order == "F" else array, dtype)
+    return Payload(nbytes, chunks, device_array=there, is_host=is_host, is_made=is_made)
 
 
 def _lies(host: Any, dtype: np.dtype[Any]) -> bool:
@@ -100,10 +102,12 @@ def _host_chunks(host: Any, dtype: np.dtype[Any], scratch: Scratch) -> Iterator[
         op_dtypes=[dtype],
         casting="equiv",
         order="C",
-        buffersize=CHUNK_NBYTES // dtype.itemsize,
+        buffersize=max(_BLOCK_NBYTES // dtype.itemsize, 1),
     )
-    for block in blocks:
-        yield np.array(block).view(np.uint8)
+    for block, name in zip(blocks, itertools.cycle(("one", "other")), strict=False):
+        copied = scratch.empty(name, block.shape, dtype)
+        np.copyto(copied, block)
+        yield copied.view(np.uint8)
 
 
 def _transposed_chunks(host: Any, scratch: Scratch) -> Iterator[Any]:

@@ -78,9 +78,13 @@ class Calls:
 
 
 def model(order: Order) -> dict[str, Any]:
-    """Return what is saved: its version is in each part of it."""
-    count = 400_000 if order.large else 300
-    arrays = [np.full(count, order.version, "f4"), np.full((3, 5), order.version)]
+    """Return what is saved: its version is in each part of it.
+
+    Large arrays are two of a size, which two threads write, and one larger than both.
+    """
+    counts = (400_000, 900_000, 400_000) if order.large else (300,)
+    arrays = [np.full(count, order.version, "f4") for count in counts]
+    arrays.append(np.full((3, 5), order.version))
     return {"version": order.version, "arrays": arrays, "small": [order.version] * 9}
 
 

@@ -15,6 +15,7 @@ PACKAGE = Path(gpustore.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "workers",
     "gds",
     "devices",
     "staging",
@@ -67,6 +68,7 @@ ORDER = [
     "lower",
     "transfer",
     "ring",
+    "output",
     "placement",
     "torch_modules",
     "interop",

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpustore as gs
-from gpustore import ring, staging
+from gpustore import ring, staging, workers
 from gpustore.fake_cuda import fake_cuda
 from gpustore.fake_streams import FAULT_STAGES
 from gpustore.storage import MappedFile
@@ -377,7 +377,7 @@ def test_however_often_ctrl_c_comes_the_lanes_are_waited_for(monkeypatch):
     running.append(SimpleNamespace(is_alive=lambda: True, join=joined))
     monkeypatch.setattr(threading, "enumerate", lambda: running)
     with pytest.raises(KeyboardInterrupt):
-        ring._join(running[:])
+        workers._join(running[:])
     assert not running
 
 
