@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gpustore import ring, storage
 from gpustore.digest import blake3_digest, hasher
 from gpustore.layout import PAYLOAD_DIGEST, STRUCTURE_DIGEST, Payload, Plan
@@ -71,9 +73,10 @@ def _write_side_by_side(file: NewFile, plan: Plan, report: ring.Report) -> None:
                 for chunk in payload.chunks():
                     if crew.is_stopped:
                         return
-                    write(chunk, position, own)
-                    position += chunk.nbytes
-                    crew.say_done(chunk.nbytes)
+                    octets = np.frombuffer(chunk, np.uint8)
+                    write(octets, position, own)
+                    position += octets.size
+                    crew.say_done(octets.size)
                 payload.digest, payload.is_written = own.digest(), True
 
     crew.run(work, report)

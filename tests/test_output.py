@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import gpustore as gs
 from gpustore import newfile, output, transfer
+from gpustore.testing import fake_cuda
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pwrite"), reason="there is no pwrite here")
 LARGE = 4096
@@ -78,6 +79,18 @@ def test_there_are_as_many_threads_as_pay(tmp_path, crews, durable):
     assert save(50_000, 50_000) == [2] and save(40_000, 40_000, 40_000, 40_000) == [3]
     assert save(200_000, 50_000, 50_000) == [2]  # the first is hashed beside the writing
     assert save(200_000, 50_000) == []
+
+
+def test_a_file_without_its_tags_is_written_by_several_threads_too(tmp_path, crews):
+    path, arrays = tmp_path / "a", {name: np.arange(9000.0) for name in "abc"}
+    with fake_cuda(1):
+        gs.save(path, gs.gpu(arrays), on_gpu="tag", durable=False)
+    crews.clear()
+    with gs.open_file(path) as stored:
+        stored.save_for_cpu(tmp_path / "b")
+    assert crews == [3]
+    found = gs.load(tmp_path / "b", verify=True)
+    assert all(np.array_equal(found[name], array) for name, array in arrays.items())
 
 
 def test_progress_comes_from_the_thread_that_saves_and_ends_at_the_size(tmp_path):
