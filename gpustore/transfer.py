@@ -96,7 +96,7 @@ def _host_chunks(host: Any, dtype: np.dtype[Any], scratch: Scratch) -> Iterator[
     if is_turned and math.prod(host.shape[2:]) <= _KERNEL_SIZE:
         yield from _transposed_chunks(host, scratch)
         return
-    blocks = np.nditer(
+    blocks: Any = np.nditer(
         host,
         flags=["external_loop", "buffered"],
         op_dtypes=[dtype],
