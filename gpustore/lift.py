@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import flux, specs, tree, twins, wrappers
+from gpustore import datatypes, flux, specs, tree, twins, wrappers
 from gpustore.document import Slot, int64
 from gpustore.dtypes import NATIVE_DTYPES
 from gpustore.eras import StructKind
@@ -34,7 +34,6 @@ RESERVED = ("_backrefs", "_gpustore")
 _GPU_ARRAYS = ("CuArray", "ROCArray", "MtlArray", "oneArray")
 MAX_SHARED = 100_000
 MAX_WEIGHT = 1_000_000
-MAX_TYPE_WEIGHT = 10_000  # the largest of 193 model files has 203
 _ATOMS = frozenset((str, float, bool, type(None)))
 _UNKNOWN = object()
 _COMPOSED = ("Base.Fix1", "Base.Fix2", "Base.ComposedFunction")
@@ -215,62 +214,8 @@ class Lifter:
         """Return the type in a struct or array document."""
         found = node.get("type")
         if type(found) is dict and found.get("tag") == "datatype":
-            return self.datatype(found, path)
+            return datatypes.datatype(self, found, path)
         return self.value(self.field(node, "type", dict, path), path)
-
-    def datatype(self, node: dict[str, Any], path: str) -> JuliaType | OpaqueDocument:
-        params = node.get("params")
-        if params == [] or "params" not in node:
-            return self.plain_type(node.get("name"), path)
-        known = self.datatypes.get(id(node))
-        if known is not None:
-            return known[1]
-        plain = self.plain_type(node.get("name"), path)
-        lifted = self.type_params(self.part(params, path), path)
-        made = None if lifted is None else JuliaType(plain.path, lifted)
-        if made is None or made.weight > MAX_TYPE_WEIGHT:  # it is kept as it came
-            return OpaqueDocument(node, self.source)
-        self.datatypes[id(node)] = node, made
-        return made
-
-    def plain_type(self, names: Any, path: str) -> JuliaType:
-        """Return the type of this name without parameters; each is made once."""
-        try:
-            spelling = "\0".join(names) if type(names) is list else None
-        except TypeError:
-            spelling = None
-        if spelling is None:
-            raise self.malformed(path, "`name` of a datatype document is not a list of strings")
-        known = self.types.get(spelling)
-        if known is None:
-            known = self.types[spelling] = JuliaType(tuple(names))
-            if len(names) > 2 and names[0] == "Main" and names[1] in ("Core", "Base"):
-                self.spelling.add(names[1])
-        return known
-
-    def type_params(self, params: Any, path: str) -> tuple[Any, ...] | None:
-        """Lift type parameters, which BSON.jl packs as an array where they share a bits type.
-
-        None stands for an array of elements that have no dtype here.
-        """
-        if isinstance(params, list):
-            return tuple(
-                [
-                    self.datatype(param, path)
-                    if type(param) is dict and param.get("tag") == "datatype"
-                    else self.value(param, path)
-                    for param in params
-                ]
-            )
-        if isinstance(params, dict) and params.get("tag") == "array":
-            spec = specs.array_spec(self, params, path)
-            if isinstance(spec, ArraySpec):
-                array = np.frombuffer(self.bytes_of(spec.payload), spec.dtype)
-                return tuple(array.tolist() if spec.dtype.char in "?l" else array)
-            return None
-        if isinstance(params, dict) and params.get("tag") == "backref" and "ref" in params:
-            return self.type_params(self.resolve(params, path), path)
-        raise self.malformed(path, "the parameters of a datatype document are not a list")
 
     def array(self, node: dict[str, Any], path: str) -> Any:
         spec = specs.array_spec(self, node, path)
@@ -403,7 +348,7 @@ class Lifter:
 TAGS: dict[str, Callable[[Lifter, dict[str, Any], str], Any]] = {
     "symbol": Lifter.symbol,
     "tuple": Lifter.tuple_of,
-    "datatype": Lifter.datatype,
+    "datatype": datatypes.datatype,
     "array": Lifter.array,
     "struct": Lifter.struct,
     **dict.fromkeys(_OPAQUETAGS, Lifter.opaque),

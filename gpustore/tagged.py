@@ -33,6 +33,8 @@ _SIZE, _FIELDS, _PADDING = b"\x04size\0", b"\x04data\0", b"\x05_\0"
 _PAIR = struct.Struct("<q8xq")  # of a place: its offset and size
 _TYPE_NBYTES = 256  # smaller ones are faster with the codec
 _HEAD_NBYTES, _HEADS = 4096, 256  # of what is kept, and how many
+_KEPT_NBYTES = 1024  # of a type that is kept for other files
+_OF_ONE_FILE = (b"backref", b"offset", b"Main")  # references; how a file spells modules
 
 
 class Like(NamedTuple):
@@ -211,13 +213,20 @@ def _head(scanner: Any, start: int, stop: int, end: int) -> tuple[Any, Any] | No
 
 
 def _kind(scanner: Any, start: int, stop: int) -> Any:
-    """Return the document of a type; those without parameters are remembered by their bytes."""
+    """Return the document of a type; those that any file may hold are remembered by their bytes."""
     octets = bytes(scanner.buffer[start:stop])
     names = _plain.get(octets)
     if names is not None:
         return {"tag": "datatype", "name": [*names], "params": []}
+    known = _kept.get(octets)
+    if known is not None:
+        return known
     kind = scanner.decode_whole(start, stop, False)
     names = kind.get("name")
+    is_short = len(octets) <= _KEPT_NBYTES and len(_kept) < _HEADS
+    if is_short and kind.get("params") and not any(word in octets for word in _OF_ONE_FILE):
+        _kept[octets] = kind
+        lifted[id(kind)] = None
     if type(names) is not list or kind != {"tag": "datatype", "name": names, "params": []}:
         return kind
     is_small = len(octets) < _TYPE_NBYTES and len(_plain) < _HEADS
@@ -226,7 +235,10 @@ def _kind(scanner: Any, start: int, stop: int) -> Any:
     return kind
 
 
-_plain: dict[bytes, tuple[str, ...]] = {}  # of all files
+# of all files: names of types, whole types, and by the ids of these what they are lifted to
+_plain: dict[bytes, tuple[str, ...]] = {}
+_kept: dict[bytes, dict[str, Any]] = {}
+lifted: dict[int, Any] = {}
 
 
 def _size(scanner: Any, start: int, stop: int) -> Any:

@@ -60,6 +60,7 @@ ORDER = [
     "values",
     "wrappers",
     "specs",
+    "datatypes",
     "dictionaries",
     "twins",
     "lift",

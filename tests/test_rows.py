@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpustore as gs
-from gpustore import document, encoder, rows, scanner
+from gpustore import document, encoder, rows, scanner, tagged
 from gpustore.document import Slot
 from gpustore.errors import GpustoreError
 from gpustore.julia import JuliaType, Struct
@@ -207,3 +207,19 @@ def test_arrays_within_types_are_found_where_they_lie(tmp_path, layout):
     again = tmp_path / "again.bson"
     gs.save(again, {"structs": found, "padding": "a" * 9000}, layout=layout)
     assert again.read_bytes() == path.read_bytes()
+
+
+def test_types_that_are_kept_for_other_files_say_nothing_of_the_file(tmp_path):
+    """How modules are spelled, references and what is unknown belong to one file."""
+    file, large = tmp_path / "a", np.ones((3, 9000), "f4")
+    spelled = JuliaType.named("Main.Base.Kept", JuliaType.named("Main.Core.Int64"), 3)
+    for _ in range(3):  # row-major: in a struct whose type has parameters, as the other
+        gs.save(file, {"struct": Struct(spelled, [np.asfortranarray(large)]), "rows": large})
+        found = gs.load(file)
+        assert found["struct"].type.path == spelled.path
+        assert found.spelling == frozenset({"Core", "Base"})
+        gs.save(file, {"rows": large})
+        assert type(gs.load(file)) is dict
+    assert any(b"PermutedDimsArray" in octets for octets in tagged._kept)
+    assert not any(b"Main" in octets or b"backref" in octets for octets in tagged._kept)
+    assert {*map(id, tagged._kept.values())} == {*tagged.lifted}
