@@ -60,9 +60,9 @@ def payload_of(
             return np.ascontiguousarray(content)
     dtype = dtype.newbyteorder("<")
     nbytes = math.prod(int(size) for size in array.shape) * dtype.itemsize
+    device = devices.array_device(array)
 
     def chunks() -> Iterator[Any]:
-        device = devices.array_device(array)
         with contextlib.nullcontext() if device == "cpu" else staging.explained(device, nbytes):
             host = devices.to_host(array)
         return _host_chunks(host.T if order == "F" else host, dtype, scratch)
@@ -70,8 +70,9 @@ def payload_of(
     there = staging.cuda_array(array) if nbytes else None
     if there is not None and order == "F":
         there = there.T
-    is_host = type(array) is np.ndarray
-    is_made = is_host and not _lies(array.T if order == "F" else array, dtype)
+    is_numpy = type(array) is np.ndarray
+    is_made = is_numpy and not _lies(array.T if order == "F" else array, dtype)
+    is_host = device == "cpu"
     return Payload(nbytes, chunks, device_array=there, is_host=is_host, is_made=is_made)
 
 
