@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,17 @@ from blake3 import blake3
 DIGEST_NBYTES = 32
 # all cores pay from 256 KiB on with 2 threads and from 512 KiB on with 16 (blake3 1.0.11)
 _THREADED_NBYTES = 1024 * 1024
+_all_threads = blake3.AUTO
+
+
+def _after_fork() -> None:
+    """Have a child make threads for each hasher: blake3's own are the parent's, and not here."""
+    global _all_threads
+    _all_threads = os.cpu_count() or 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def hasher(nbytes: int = 0, *, threads: int | None = None) -> blake3:
@@ -21,7 +33,7 @@ def hasher(nbytes: int = 0, *, threads: int | None = None) -> blake3:
     True
     """
     if threads is None:
-        threads = blake3.AUTO if nbytes >= _THREADED_NBYTES else 1
+        threads = _all_threads if nbytes >= _THREADED_NBYTES else 1
     return blake3(max_threads=threads)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -63,3 +67,28 @@ def test_contiguous_buffers_of_every_dtype_and_shape_are_hashed_as_they_lie(arra
 def test_a_buffer_with_gaps_is_refused():
     with pytest.raises(ValueError, match="contiguous"):
         blake3_digest(np.zeros(10)[::2])
+
+
+FORKED = """
+import os, signal, sys
+import numpy as np, gpustore as gs
+
+def use(path):
+    gs.save(path, a=np.ones(2**21, "f4"), durable=False)
+    gs.load(path, verify=True)
+
+use(sys.argv[1])
+child = os.fork()
+if child == 0:
+    signal.alarm(60)  # which ends it
+    use(sys.argv[1])
+    os._exit(7)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_fork_after_hashing_on_all_cores_can_save_and_verify_too(tmp_path):
+    """The threads of the parent's pool are not there in the child, which would wait for them."""
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED, tmp_path / "a"], timeout=90)
+    assert ran.returncode == 7
