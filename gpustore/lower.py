@@ -345,7 +345,7 @@ class Lowerer:
         unset = [name for name in names if not hasattr(value, name) and name not in worked_out]
         if unset:
             raise self.refuse(path, value, f"its field {unset[0]!r} is not set")
-        return [field_of(value, name) for name in names]
+        return [field_of(value, name, kind) for name in names]
 
     def tracked(self, value: TrackedArray) -> list[Any]:
         """Return the fields of an array tracked in Python: Tracker.jl's record of a leaf first."""

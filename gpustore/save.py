@@ -20,7 +20,7 @@ from gpustore.flux import in_layout, is_of_optimiser, kind_of
 from gpustore.julia import JuliaType, Struct
 from gpustore.lower import Lowerer
 from gpustore.output import Progress, write_plan
-from gpustore.typeof import numpy_dtype
+from gpustore.typeof import numpy_dtype, remembering
 from gpustore.values import Entries
 from gpustore.version import __version__
 
@@ -146,7 +146,9 @@ def plan_of(root: Any, *, tag_devices: bool, layout: str = "auto") -> Plan:
     column_major, spelling = _surveyed(root)
     lowerer = Lowerer(make_payload, column_major, tag_devices, spelling)
     try:
-        return document.plan(_lower_root(lowerer, root), writer=WRITER, layout=layout)
+        with remembering():
+            lowered = _lower_root(lowerer, root)
+        return document.plan(lowered, writer=WRITER, layout=layout)
     except RecursionError:
         raise UnsupportedValueError(
             "the value is nested too deep to be saved; flatten it"

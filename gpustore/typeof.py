@@ -5,9 +5,11 @@ Flux's structs need their full type parameters in the file, so types are worked 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 from gpustore import devices, dictionaries, flux
 from gpustore.document import int64
 from gpustore.dtypes import element_type_of, extension_dtype
+from gpustore.eras import StructKind
 from gpustore.errors import UnsupportedValueError
 from gpustore.julia import JuliaType, LostArray, NamedTuple, OpaqueFunction, Struct, Symbol
 from gpustore.model_state import named_layers
@@ -120,7 +123,36 @@ def _tracked_type(value: TrackedArray) -> Any:
     return JuliaType(era, (*inner.params[:2], inner))
 
 
+class _Remembered(threading.local):
+    """What a thread has asked for while `remembering`: objects and their types, by id."""
+
+    types: dict[int, tuple[Any, Any]] | None = None
+
+
+_remembered = _Remembered()
+
+
+@contextlib.contextmanager
+def remembering() -> Iterator[None]:
+    """Work out the type of each object once while this lasts: a Chain's has those of its layers."""
+    outer, _remembered.types = _remembered.types, {}
+    try:
+        yield
+    finally:
+        _remembered.types = outer
+
+
 def _instance_type(value: Any) -> Any:
+    known = _remembered.types
+    if known is None:
+        return _type_today(value)
+    found = known.get(id(value))
+    if found is None:
+        found = known[id(value)] = value, _type_today(value)
+    return found[1]
+
+
+def _type_today(value: Any) -> Any:
     """Return the type of an object: that of its file, with the parameters of its fields today."""
     own, kind = getattr(value, "julia_type", None), flux.kind_of(value)
     if kind is None:
@@ -129,15 +161,15 @@ def _instance_type(value: Any) -> Any:
         return type_of(kind.becomes(value))
     if isinstance(own, JuliaType) and len(own.params) == len(kind.params):
         params = (
-            _param(name, value)
+            _param(name, value, kind)
             if callable(name) or "." in name
-            else retyped(old, field_of(value, name))
+            else retyped(old, field_of(value, name, kind))
             for old, name in zip(own.params, kind.params, strict=True)
         )
         return JuliaType(own.path, tuple(params))
     if own is not None:
         return own
-    given = tuple([_param(name, value) for name in kind.params])
+    given = tuple([_param(name, value, kind) for name in kind.params])
     are_types = all(type(param) is JuliaType for param in given)  # 1 would be taken for true
     return _known_type(kind.name, given) if are_types else _named(kind.name, *given)
 
@@ -148,14 +180,14 @@ def _known_type(name: str, params: tuple[Any, ...]) -> JuliaType:
     return _named(name, *params)
 
 
-def _param(name: Any, value: Any) -> Any:
+def _param(name: Any, value: Any, kind: StructKind) -> Any:
     """Return a type parameter of an object: a function of it, or the type of a field."""
     if callable(name):
         return name(value)
     if "." not in name:
-        return type_of(field_of(value, name))
+        return type_of(field_of(value, name, kind))
     first, _, inner = name.partition(".")
-    return type_of(getattr(field_of(value, first), inner))
+    return type_of(getattr(field_of(value, first, kind), inner))
 
 
 def retyped(recorded: Any, value: Any) -> Any:
@@ -221,9 +253,8 @@ def _is_unset(part: Any) -> bool:
     return part is None or hasattr(part, "bit_generator")  # numpy.random takes 8 ms to import
 
 
-def field_of(value: Any, name: str) -> Any:
-    """Return a field as it is written: named layers are a NamedTuple."""
-    kind = flux.kind_of(value)
+def field_of(value: Any, name: str, kind: StructKind | None) -> Any:
+    """Return a field as it is written, by its row of the table: named layers are a NamedTuple."""
     if kind is None or not (kind.written or kind.turned):
         return named_layers(name, getattr(value, name))  # as below, for most kinds
     for field, work_out in kind.written:

@@ -99,7 +99,7 @@ def layers_of(file):
 @pytest.mark.parametrize("name", FILES)
 def test_the_table_gives_the_type_parameters_that_julia_wrote(name):
     for layer, kind in layers_of(FOLDER / f"{name}.bson"):
-        made = JuliaType.named(kind.name, *(typeof._param(p, layer) for p in kind.params))
+        made = JuliaType.named(kind.name, *(typeof._param(p, layer, kind) for p in kind.params))
         if "OpaqueDocument" not in repr(layer.julia_type):
             assert made.is_same(layer.julia_type), kind
 
@@ -243,7 +243,7 @@ def test_layers_of_other_peoples_files_have_the_types_the_table_gives(file):
     except gs.FormatError:
         return  # not written by BSON.jl
     for layer, kind in pairs:
-        made = JuliaType.named(kind.name, *(typeof._param(p, layer) for p in kind.params))
+        made = JuliaType.named(kind.name, *(typeof._param(p, layer, kind) for p in kind.params))
         if "OpaqueDocument" not in repr(layer.julia_type):
             assert made.is_same(layer.julia_type), kind
 
