@@ -47,7 +47,9 @@ def test_a_histogram_counts_every_finite_element(array):
         finite = plain(array)[np.isfinite(plain(array))]
     assert counts.sum() == finite.size
     if finite.size:
-        assert (low, high) == (finite.min(), finite.max())
+        # the last bit of a complex magnitude may hang on where in its loop NumPy 2.1 meets it
+        apart = 2 * np.spacing(finite.max()) if array.dtype.kind == "c" else 0
+        assert abs(low - finite.min()) <= apart and abs(high - finite.max()) <= apart
 
 
 def test_a_histogram_of_many_blocks_is_that_of_numpy():
