@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from gpustore.digest import DIGEST_NBYTES
 
 FORMAT_VERSION = 1
+STAMP = "_gpustore"  # the last element of a file, which ends with the digest
 SLOT_NBYTES = 64 * 1024  # binaries from this size on are left where they lie
 MAX_NAME_NBYTES = 64 * 1024
 MAX_DEPTH = 200

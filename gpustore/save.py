@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import os
@@ -120,18 +119,18 @@ def _refuse_gpu_arrays(root: Any) -> None:
         )
 
 
-@contextlib.contextmanager
-def paused_collector() -> Iterator[None]:
+class paused_collector:
     """Hold back the cyclic garbage collector, which else goes over all that is made time and again.
 
-    What is made here stays alive until the end, so there is nothing to collect.
+    What is made within stays alive until the end, so there is nothing to collect.
     """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
+
+    def __enter__(self) -> None:
+        self.was_enabled = gc.isenabled()
+        gc.disable()
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.was_enabled:
             gc.enable()
 
 

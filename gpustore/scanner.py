@@ -17,6 +17,7 @@ from gpustore.layout import (
     MAX_DEPTH,
     MAX_NAME_NBYTES,
     ROW_NBYTES,
+    STAMP,
     Slot,
 )  # fmt: skip
 
@@ -61,7 +62,8 @@ class Scanner:
         self.placed: dict[int, tuple[int, int, int]] = {}
         # decoded once, and shared
         self.heads: dict[bytes, dict[str, Any] | list[Any]] = {}
-        self.likes: dict[int, tagged.Like] = {}  # by the nbytes of the document
+        # by the nbytes of the document; of the first one start, end and node
+        self.likes: dict[int, tagged.Like | tuple[int, int, Any] | None] = {}
         self.shared: dict[bytes, tuple[Any, Any]] = {}  # types, and sizes that follow them
         int64()
 
@@ -192,14 +194,15 @@ class Scanner:
         if not tagged.FEWEST_NBYTES <= nbytes <= limit - start:
             return None
         like, end = self.likes.get(nbytes), start + nbytes
+        if like is not None and not isinstance(like, tagged.Like):
+            like = self.likes[nbytes] = tagged.Like.of(self.buffer, *like)
         node = like.read(self.buffer, start, end) if like is not None else None
         if node is None:
             node = tagged.read(self, start, end, depth)
             if node is None:
                 return None
-            like = tagged.Like.of(self.buffer, start, end, node) if "data" in node else None
-            if like is not None and len(self.likes) < _MANY:
-                self.likes[nbytes] = like
+            if "data" in node and len(self.likes) < _MANY:
+                self.likes[nbytes] = start, end, node
         return node, end
 
     def row(
@@ -248,12 +251,14 @@ class Scanner:
         run = bytes(self.buffer[start:end])
         # a type, and a size, between the tag and the data of an array or a struct: many are alike
         is_head = keys == ["tag"] and values[0] in _HEADED
-        found = self.heads.get(run) if is_head else None
+        found = self.heads.get(run) if is_head else None if is_array else tagged.stamp(run)
         if found is None:
             framed = INT32.pack(len(run) + 5) + run + b"\0"
             found = self.decode_whole(0, len(framed), is_array, framed, start - 4)
             if is_head and len(run) <= _HEAD_NBYTES and len(self.heads) < _MANY:
                 self.heads[run] = found
+            elif isinstance(found, dict) and [*found] == [STAMP]:
+                tagged.keep_stamp(run, found[STAMP])
         keys.extend(found if isinstance(found, dict) else [""] * len(found))
         values.extend(found.values() if isinstance(found, dict) else found)
 

@@ -223,3 +223,25 @@ def test_types_that_are_kept_for_other_files_say_nothing_of_the_file(tmp_path):
     assert any(b"PermutedDimsArray" in octets for octets in tagged._kept)
     assert not any(b"Main" in octets or b"backref" in octets for octets in tagged._kept)
     assert {*map(id, tagged._kept.values())} == {*tagged.lifted}
+
+
+def test_each_bit_of_a_stamp_gives_what_the_codec_would_give(tmp_path, monkeypatch):
+    """A stamp is read in the likeness of another file's: whatever differs, as without."""
+    gs.save(tmp_path / "a", w=np.ones(9000), durable=False)
+    octets = (tmp_path / "a").read_bytes()
+    first = octets.index(b"\x03_gpustore\0")
+
+    def read(changed):
+        try:
+            return document.scan(changed)
+        except GpustoreError as error:
+            return type(error), str(error)
+
+    assert read(octets)["_gpustore"]["blake3"] == octets[-34:-2] and tagged._stamps
+    for bit in range(8 * first, 8 * len(octets)):
+        changed = bytearray(octets)
+        changed[bit // 8] ^= 1 << bit % 8
+        quick = read(bytes(changed))
+        with monkeypatch.context() as patch:
+            patch.setattr(tagged, "stamp", lambda element: None)
+            assert quick == read(bytes(changed)), bit
