@@ -41,6 +41,7 @@ def plainly(monkeypatch):
     monkeypatch.setattr(rows, "pitch_at", lambda *position: None)
     monkeypatch.setattr(rows, "shared", lambda nodes: iter(()))
     monkeypatch.setattr(scanner.Scanner, "tagged_at", lambda *position: None)
+    monkeypatch.setattr(tagged, "stamp", lambda element: None)
     monkeypatch.setattr(encoder, "_is_small_array", lambda *nodes: False)
 
 
