@@ -21,7 +21,7 @@ _HUGE_NBYTES = 2 * 1024 * 1024
 _STAGE_NBYTES = 4 * 1024 * 1024
 _STAGES = 4  # more than threads that fill them (see `output`)
 _CACHED_NBYTES = 64 * 1024  # copied and then hashed
-_THREADS = 2
+DIRECT_THREADS = 2
 _NO_FALLOCATE = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -305,7 +305,7 @@ def direct_writer(path: str, plain: int, nbytes: int) -> Iterator[DirectWriter |
     try:
         from concurrent.futures import ThreadPoolExecutor  # 10 ms, for large files only
 
-        with ThreadPoolExecutor(_THREADS, "gpustore-writing") as threads:
+        with ThreadPoolExecutor(DIRECT_THREADS, "gpustore-writing") as threads:
             yield DirectWriter(descriptor, plain, threads)
     finally:
         with contextlib.suppress(OSError):  # synced through the plain one

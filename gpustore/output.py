@@ -13,7 +13,7 @@ import numpy as np
 from gpustore import ring, storage
 from gpustore.digest import blake3_digest, hasher
 from gpustore.layout import PAYLOAD_DIGEST, STRUCTURE_DIGEST, Payload, Plan
-from gpustore.newfile import NewFile
+from gpustore.newfile import DIRECT_THREADS, NewFile
 from gpustore.workers import Crew
 
 if TYPE_CHECKING:
@@ -54,15 +54,17 @@ def _offsets(plan: Plan) -> list[int]:
 def _write_side_by_side(file: NewFile, plan: Plan, report: ring.Report) -> None:
     """Have large payloads of the host written and hashed by threads, each by one, before all else.
 
-    One that is larger than the others together is left: `_stream` has two threads for it.
+    One that is larger than the others together is left: `_stream` has two threads for it. So are
+    all where a direct file's threads would find no core.
     """
-    large = [payload.nbytes for payload in plan.payloads if _is_for_several(payload, file)]
+    large = [payload.nbytes for payload in plan.payloads if _is_for_several(payload)]
     half = sum(large) // 2
-    count = min(_THREADS, os.cpu_count() or 1, sum(nbytes <= half for nbytes in large))
+    cores = (os.cpu_count() or 1) - (DIRECT_THREADS if file.direct else 0)
+    count = min(_THREADS, cores, sum(nbytes <= half for nbytes in large))
     if count < 2 or not hasattr(os, "pwrite"):
         return
     placed = zip(plan.payloads, _offsets(plan), strict=True)
-    pieces = [pair for pair in placed if _is_for_several(pair[0], file) and pair[0].nbytes <= half]
+    pieces = [pair for pair in placed if _is_for_several(pair[0]) and pair[0].nbytes <= half]
     pieces.sort(key=lambda pair: -pair[0].nbytes)  # so that all end at about the same time
     crew = Crew(iter(pieces), count, "gpustore-writing")
 
@@ -82,10 +84,8 @@ def _write_side_by_side(file: NewFile, plan: Plan, report: ring.Report) -> None:
     crew.run(work, report)
 
 
-def _is_for_several(payload: Payload, file: NewFile) -> bool:
-    """Whether that pays: where buffers are made for a direct file, its threads come too short."""
-    is_fast = payload.is_host and not (payload.is_made and file.direct)
-    return is_fast and not payload.is_bare and payload.nbytes >= _LARGE_NBYTES
+def _is_for_several(payload: Payload) -> bool:
+    return payload.is_host and not payload.is_bare and payload.nbytes >= _LARGE_NBYTES
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ def _several_threads_for_arrays_of_some_kib(monkeypatch):
     monkeypatch.setattr(output, "_LARGE_NBYTES", LARGE)
     monkeypatch.setattr(output, "_GATHER_NBYTES", LARGE)
     monkeypatch.setattr(output, "_THREADS", 3)
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
     monkeypatch.setattr(newfile, "_STAGE_NBYTES", 16 * 1024)
     monkeypatch.setattr(newfile, "_DIRECT_NBYTES", 64 * 1024)
     monkeypatch.setattr(transfer, "CHUNK_NBYTES", 5000)
@@ -79,6 +79,11 @@ def test_there_are_as_many_threads_as_pay(tmp_path, crews, durable):
     assert save(50_000, 50_000) == [2] and save(40_000, 40_000, 40_000, 40_000) == [3]
     assert save(200_000, 50_000, 50_000) == [2]  # the first is hashed beside the writing
     assert save(200_000, 50_000) == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 2)  # two threads write a durable file
+        assert save(50_000, 50_000) == ([] if durable else [2])
+        patch.setattr(os, "cpu_count", lambda: 1)
+        assert save(50_000, 50_000) == []
 
 
 def test_a_file_without_its_tags_is_written_by_several_threads_too(tmp_path, crews):
