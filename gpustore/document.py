@@ -24,6 +24,7 @@ from gpustore.layout import (
     PAGE_NBYTES,
     PAYLOAD_DIGEST,
     SLOT_NBYTES,
+    STAMP,
     STRUCTURE_DIGEST,
     Encoded,
     Payload,
@@ -102,7 +103,7 @@ def scan(buffer: Any, *, name: str = "buffer", slot_nbytes: int = SLOT_NBYTES) -
     scanner = Scanner(buffer, name, slot_nbytes)
     document, end = scanner.document(0, len(buffer), 0)
     assert isinstance(document, dict)
-    stamp = document.get("_gpustore")
+    stamp = document.get(STAMP)
     if isinstance(stamp, dict) and stamp.get("layout") == "detached":
         _attach(document, end, len(buffer), scanner)
     elif scanner.placed:
@@ -143,7 +144,7 @@ def parts(buffer: Any, *, name: str = "buffer") -> Parts | None:
     if spans is None:
         return None
     found = Parts(scanner, spans)
-    stamp = found.document("_gpustore").get("_gpustore")
+    stamp = found.document(STAMP).get(STAMP)
     return None if isinstance(stamp, dict) and stamp.get("layout") == "detached" else found
 
 

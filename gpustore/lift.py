@@ -28,9 +28,10 @@ from gpustore.julia import (
     Struct,
     Symbol,
 )
+from gpustore.layout import STAMP
 from gpustore.values import BARE, Entries, with_origin
 
-RESERVED = ("_backrefs", "_gpustore")
+RESERVED = ("_backrefs", STAMP)
 _GPU_ARRAYS = ("CuArray", "ROCArray", "MtlArray", "oneArray")
 MAX_SHARED = 100_000
 MAX_WEIGHT = 1_000_000

@@ -23,6 +23,7 @@ from gpustore.errors import (
     UnsupportedValueError,
 )
 from gpustore.julia import ArraySpec, LostArray
+from gpustore.layout import STAMP
 from gpustore.lift import RESERVED, TAGS, Lifter
 from gpustore.placement import Check, DeviceChoice, Placement, chooser, host_array
 from gpustore.save import paused_collector, save_document
@@ -113,7 +114,7 @@ def _mapped(path: Any, *, mmap: bool) -> MappedFile:
 def _document(file: MappedFile) -> dict[str, Any]:
     slot_nbytes = document.SLOT_NBYTES
     content = document.scan(file.buffer, name=file.path, slot_nbytes=slot_nbytes)
-    _refuse_newer(file, content.get("_gpustore"))
+    _refuse_newer(file, content.get(STAMP))
     return content
 
 
@@ -255,8 +256,8 @@ class StoredFile(Mapping[str, Any]):
         self._file = _mapped(path, mmap=True)
         self.path, self.nbytes = self._file.path, self._file.nbytes
         self._parts = document.parts(self._file.buffer, name=self.path)
-        known = self._content if self._parts is None else self._parts.document("_gpustore")
-        self._stamp = known.get("_gpustore")
+        known = self._content if self._parts is None else self._parts.document(STAMP)
+        self._stamp = known.get(STAMP)
         _refuse_newer(self._file, self._stamp)
 
     @functools.cached_property

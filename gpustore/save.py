@@ -17,6 +17,7 @@ from gpustore.document import Payload, Plan, Slot
 from gpustore.errors import UnsupportedValueError
 from gpustore.flux import in_layout, is_of_optimiser, kind_of
 from gpustore.julia import JuliaType, Struct
+from gpustore.layout import STAMP
 from gpustore.lower import Lowerer
 from gpustore.output import Progress, write_plan
 from gpustore.typeof import numpy_dtype, remembering
@@ -225,7 +226,7 @@ def save_document(
             return kept | {"data": _slot_payload(buffer, node["data"])}
         return {key: copied(child) for key, child in node.items()}
 
-    entries = {key: copied(child) for key, child in content.items() if key != "_gpustore"}
+    entries = {key: copied(child) for key, child in content.items() if key != STAMP}
     write_plan(path, document.plan(entries, writer=WRITER), True, progress)
 
 

@@ -226,8 +226,8 @@ def _kind(scanner: Any, start: int, stop: int) -> Any:
     names = kind.get("name")
     is_short = len(octets) <= _KEPT_NBYTES and len(_kept) < _HEADS
     if is_short and kind.get("params") and not any(word in octets for word in _OF_ONE_FILE):
-        _kept[octets] = kind
-        lifted[id(kind)] = None
+        kind = _kept.setdefault(octets, kind)  # another thread may have been first
+        lifted.setdefault(id(kind), None)
     if type(names) is not list or kind != {"tag": "datatype", "name": names, "params": []}:
         return kind
     is_small = len(octets) < _TYPE_NBYTES and len(_plain) < _HEADS

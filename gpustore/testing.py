@@ -30,6 +30,7 @@ from gpustore.dtypes import extension_dtype
 from gpustore.errors import MissingExtraError, UnsupportedValueError
 from gpustore.fake_cuda import FakeCudaArray, fake_cuda
 from gpustore.julia import NamedTuple, Symbol
+from gpustore.layout import STAMP
 from gpustore.lift import TAGS
 from gpustore.load import load
 from gpustore.save import save
@@ -281,7 +282,7 @@ def _as_julia_reads(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     is_tagged = isinstance(node.get("tag"), str) and node["tag"] in TAGS
-    unread = _OWN_KEYS if is_tagged else {"_gpustore"}
+    unread = _OWN_KEYS if is_tagged else {STAMP}
     return {key: _as_julia_reads(child) for key, child in node.items() if key not in unread}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from gpustore import document
 from gpustore.digest import hasher
 from gpustore.document import Slot
+from gpustore.layout import STAMP
 from gpustore.storage import MappedFile
 
 Progress = Callable[[int, int], None]
@@ -42,7 +43,7 @@ class Digests:
         self._view = memoryview(file.buffer)
         # of each array: its data and their digest
         self.payloads: list[tuple[Slot, Slot]] = [*_digested(content)]
-        stamp = content.get("_gpustore", {})
+        stamp = content.get(STAMP, {})
         digest = stamp.get("blake3") if isinstance(stamp, dict) else None
         self.has_structure_digest = isinstance(digest, Slot)
         if isinstance(digest, Slot):

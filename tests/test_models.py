@@ -329,3 +329,26 @@ def output_of(model, x):
         return "own struct" if "is not in the file" in str(error) else None
     assert found is not None
     return "output"
+
+
+def test_the_type_of_a_layer_is_worked_out_once_in_a_save_and_forgotten_after_it(
+    tmp_path, monkeypatch
+):
+    """A Chain's type has those of its layers; what they hold may be another the next time."""
+    real, asked = typeof._type_today, []
+
+    def counted(value):
+        asked.append(id(value))
+        return real(value)
+
+    monkeypatch.setattr(typeof, "_type_today", counted)
+    model = gs.Chain(gs.Chain(gs.Dense(2, 3)), gs.Dense(3, 1))
+    for dtype in ("f4", "f8"):
+        asked.clear()
+        model.layers[1].weight = np.ones((1, 3), dtype)
+        gs.save(tmp_path / "a", model=model)
+        assert len(asked) == len(set(asked)) == 4
+        assert gs.load(tmp_path / "a", "model").layers[1].weight.dtype == dtype
+    with pytest.raises(gs.UnsupportedValueError):
+        gs.save(tmp_path / "a", model=gs.Chain(gs.Dense(2, 3)), other=object())
+    assert typeof._remembered.types is None

@@ -246,3 +246,23 @@ def test_each_bit_of_a_stamp_gives_what_the_codec_would_give(tmp_path, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(tagged, "stamp", lambda element: None)
             assert quick == read(bytes(changed)), bit
+
+
+def test_a_type_that_two_threads_decode_at_once_is_kept_once(tmp_path, monkeypatch):
+    """What is known by the id of a document is that document's as long as it is known."""
+    gs.save(tmp_path / "a", np.ones((3, 9000), "f4"))
+    monkeypatch.setattr(tagged, "_kept", {})
+    monkeypatch.setattr(tagged, "lifted", {})
+    decode = scanner.Scanner.decode_whole
+    is_inner = False
+
+    def decoded(self, start, end, *rest):
+        nonlocal is_inner
+        if not is_inner and b"PermutedDimsArray" in self.buffer[start:end]:
+            is_inner = True
+            gs.load(tmp_path / "a")  # as another thread would meanwhile
+        return decode(self, start, end, *rest)
+
+    monkeypatch.setattr(scanner.Scanner, "decode_whole", decoded)
+    assert gs.load(tmp_path / "a").shape == (3, 9000) and is_inner
+    assert {*map(id, tagged._kept.values())} == {*tagged.lifted} and tagged.lifted
