@@ -28,7 +28,8 @@ import numpy as np
 from gpustore import activations, devices, document, layers, tree
 from gpustore.dtypes import extension_dtype
 from gpustore.errors import MissingExtraError, UnsupportedValueError
-from gpustore.fake_cuda import FakeCudaArray, fake_cuda
+from gpustore.fake_arrays import FakeCudaArray
+from gpustore.fake_cuda import fake_cuda
 from gpustore.julia import NamedTuple, Symbol
 from gpustore.layout import STAMP
 from gpustore.lift import TAGS

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpustore import fake_arrays, fake_streams
 from gpustore import fake_cuda as testing
-from gpustore import fake_streams
 from gpustore.devices import (
     array_device,
     cuda_status,
@@ -591,12 +591,12 @@ def test_real_cupy_without_a_gpu_is_reported() -> None:
 
 def test_the_fake_offers_no_more_than_real_cupy() -> None:
     cupy = real_cupy()
-    for name in testing._ATTRIBUTES | testing._METHODS | set(vars(FakeCudaArray)):
+    for name in fake_arrays._ATTRIBUTES | fake_arrays._METHODS | set(vars(FakeCudaArray)):
         assert name.startswith("_") or hasattr(cupy.ndarray, name), name
     for name in vars(testing._fake_cupy(fake_streams.Machine(1))):
         assert name in ("transfers", "machine") or hasattr(cupy, name), name
     if cupy.__version__.startswith("13."):
-        assert [name for name in testing._ABSENT if hasattr(cupy, name)] == []
+        assert [name for name in fake_arrays._ABSENT if hasattr(cupy, name)] == []
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
