@@ -36,7 +36,7 @@ from gpustore.functions import flatten, hcat, normalise, vcat
 from gpustore.julia import JuliaType, LostArray, NamedTuple, OpaqueFunction, Struct, Symbol
 from gpustore.layers import Chain, Dense, glorot_normal, glorot_uniform
 from gpustore.load import StoredFile, load, open_file
-from gpustore.model_state import loadmodel, state
+from gpustore.model_state import loadmodel, reset, state, testmode
 from gpustore.normalisation import (
     AlphaDropout,
     BatchNorm,
@@ -45,6 +45,7 @@ from gpustore.normalisation import (
     InstanceNorm,
     LayerNorm,
 )
+from gpustore.parameters import data, loadparams, param, params
 from gpustore.pooling import (
     AdaptiveMaxPool,
     AdaptiveMeanPool,
@@ -57,19 +58,7 @@ from gpustore.pooling import (
 )
 from gpustore.recurrent import GRU, LSTM, RNN, GRUCell, GRUv3, GRUv3Cell, LSTMCell, Recur, RNNCell
 from gpustore.save import save
-from gpustore.tree import (
-    Params,
-    TrackedArray,
-    cpu,
-    data,
-    device_of,
-    gpu,
-    loadparams,
-    param,
-    params,
-    reset,
-    testmode,
-)
+from gpustore.tree import Params, TrackedArray, cpu, device_of, gpu
 from gpustore.values import Char, DataFrame, JuliaDict, JuliaSet, Range, missing
 from gpustore.version import __version__
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpustore import devices, interop, npz_format, safetensors_format, storage, tree
+from gpustore import devices, interop, npz_format, parameters, safetensors_format, storage, tree
 from gpustore.errors import FormatError, UnsupportedValueError
 from gpustore.load import load
 from gpustore.safetensors_format import METADATA
@@ -61,7 +61,7 @@ def convert(
         metadata = value[METADATA]
         value = {name: part for name, part in value.items() if name != METADATA}
     if arrays_only:
-        value = _named_arrays(tree.data(value))
+        value = _named_arrays(parameters.data(value))
     _refuse_loss(source, kinds[1], value, unshare=unshare)
     if kinds[1] == "pt":
         _write_pt(target, value)

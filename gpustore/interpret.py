@@ -7,17 +7,16 @@ Steps, depth and the memory of what is made are limited (`limits.py`). Arguments
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from gpustore import flux, limits
-from gpustore.allowlist import BY_TWIN, CONSTANTS, MODULES, QUALIFIED, TABLE
-from gpustore.arithmetic import converted, is_array, number, settled
-from gpustore.broadcasting import Function, Held, Row, materialize, whole
+from gpustore.allowlist import CONSTANTS, MODULES, QUALIFIED, TABLE
+from gpustore.arithmetic import is_array, number
+from gpustore.broadcasting import Function
+from gpustore.calls import SPECIAL, Supplied, called, getfield, outside, supplied, twin_of
 from gpustore.code import (
     SSA,
     Code,
@@ -32,37 +31,12 @@ from gpustore.code import (
     read_code,
 )  # fmt: skip
 from gpustore.errors import GpustoreError, OpaqueCodeError
-from gpustore.julia import JuliaType, NamedTuple, OpaqueFunction, Struct
+from gpustore.julia import JuliaType, OpaqueFunction
 from gpustore.layers import plain
-from gpustore.semantics import Value, array, getindex, items
 
-_OUTSIDE_STEPS = 100  # that a call of a layer or of a supplied function counts for
-_LEGACY = {"W": "weight", "b": "bias", "over": "layers", "α": "scale", "β": "bias", "σ²": "σ2",
-           "ϵ": "ε"}  # fmt: skip
 _GETTERS = ("getfield", "getproperty")
-_LAZY = (
-    "*",
-    "adjoint",
-    "transpose",
-    "'",
-    "materialize",
-    "tuple",
-)  # take a vector's adjoint as it is
-_WITHOUT_READING = (
-    "size", "length", "ndims", "axes", "getindex", "iterate", "indexed_iterate", "firstindex",
-    "lastindex", "eachindex", "first", "last", "tuple", "===", "!==", "isa", "eltype", "isnothing",
-    "broadcasted", "Ref", "=>", "zero", "oftype",
-)  # fmt: skip  # what these take does not grow with their arguments
 _FAILURES = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, MemoryError)
 Functions = Mapping[str, Callable[..., Any]]
-
-
-class _Supplied(Exception):
-    """Carries what a function that the user supplied raised: it comes out as it is."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__()
-        self.error = error
 
 
 class Runner:
@@ -84,7 +58,7 @@ class Runner:
         try:
             with limits.limited(inputs), np.errstate(all="ignore"):
                 return self.run(function, args, options)
-        except _Supplied as carrier:
+        except Supplied as carrier:
             if limits.is_inside():
                 raise
             raise carrier.error from None
@@ -112,13 +86,13 @@ class Runner:
         assert isinstance(function.type, JuliaType)
         name, parts = function.type.name, function.captured
         if name == "Base.Fix1" and len(parts) == 2:
-            return _called(parts[0], (parts[1], *args), options)
+            return called(parts[0], (parts[1], *args), options)
         if name == "Base.Fix2" and len(parts) == 2:
-            return _called(parts[0], (*args, parts[1]), options)
+            return called(parts[0], (*args, parts[1]), options)
         if name == "Base.ComposedFunction" and len(parts) == 2:
-            return _called(parts[0], (_called(parts[1], args, options),), {})
+            return called(parts[0], (called(parts[1], args, options),), {})
         module, _, bare = name.rpartition(".")
-        return _called(self.resolved(Global(module, bare.removeprefix("#"))), args, options)
+        return called(self.resolved(Global(module, bare.removeprefix("#"))), args, options)
 
     def resolved(self, name: Global) -> Any:
         """Return what a global name stands for."""
@@ -126,7 +100,7 @@ class Runner:
         for spelling in (plain_name, f"Main.{name.name}", name.name):
             if spelling in self.functions:
                 found = self.functions[spelling]
-                return Function(name.name, _supplied(found)) if callable(found) else found
+                return Function(name.name, supplied(found)) if callable(found) else found
         known = flux.FUNCTIONS.get(f"{name.module}.#{name.name}")
         in_table = TABLE.get(name.name)
         package = name.module.partition(".")[0]
@@ -137,8 +111,8 @@ class Runner:
             return Function(name.name, known, known)
         if name.name in CONSTANTS:
             return CONSTANTS[name.name]
-        if name.name in _SPECIAL:
-            return _SPECIAL[name.name]
+        if name.name in SPECIAL:
+            return SPECIAL[name.name]
         if name.name in MODULES:
             return Module(name.name)
         if name.name.startswith("#"):
@@ -150,16 +124,6 @@ class Runner:
             f"the code in this file uses {name}, which is not known here; supply it as "
             f"load(..., functions={{{str(name)!r}: function}}); a value may stand there too"
         )
-
-
-def outside(value: Any) -> Any:
-    """Return a result as a caller in Python expects it, without what Julia leaves undone."""
-    if isinstance(value, tuple) and type(value) is tuple:
-        limits.take_steps(len(value))
-        return tuple(map(outside, value))
-    if isinstance(value, Held):
-        return value.value
-    return settled(value.array if isinstance(value, Row) else materialize(value))
 
 
 def _method(name: str, methods: tuple[Method, ...], count: int) -> Method:
@@ -178,141 +142,6 @@ def _method(name: str, methods: tuple[Method, ...], count: int) -> Method:
     raise OpaqueCodeError(f"{name}: no method takes {count} arguments")
 
 
-def _supplied(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the user's function such that its own errors come out as they are."""
-
-    @functools.wraps(function, assigned=())
-    def call(*args: Any, **options: Any) -> Any:
-        limits.take_steps(_OUTSIDE_STEPS)
-        try:
-            return function(*map(outside, args), **options)
-        except Exception as error:
-            raise _Supplied(error) from error
-
-    return call
-
-
-def _called(function: Any, args: tuple[Any, ...], options: Any) -> Any:
-    """Call a function of the table, of the file or of the user, or a layer."""
-    function = _known(function)
-    if isinstance(function, Function):
-        if function.name not in _LAZY:
-            args = tuple(whole(arg) if isinstance(arg, Row) else arg for arg in args)
-        value = function(*args, **options)
-        read = () if function.name in _WITHOUT_READING else args
-        limits.take_elements(sum(map(_weight, (*read, value))))
-        return value
-    if function is None or not callable(function) or isinstance(function, type):
-        raise OpaqueCodeError(f"the code in this file calls {function!r}, which is no function")
-    limits.take_steps(_OUTSIDE_STEPS if flux.kind_of(function) is not None else 1)
-    if isinstance(function, OpaqueFunction) or flux.kind_of(function) is not None:
-        args = tuple(map(outside, args))
-    return function(*args, **options)
-
-
-def _known(function: Any) -> Any:
-    """Return the table's function for what stands for it in a model: a Python one, or a type."""
-    if isinstance(function, JuliaType) and not function.params:
-        return (
-            TABLE.get(function.path[-1], function)
-            if function.path[-2:-1] == ("Core",)
-            else function
-        )
-    if not callable(function):
-        return function
-    try:
-        return BY_TWIN.get(function, function)
-    except TypeError:  # not hashable: a layer
-        return function
-
-
-def _weight(value: Any) -> int:
-    """Return how many elements a value counts for."""
-    if isinstance(value, (tuple, list)):
-        return 8 * len(value)
-    size = getattr(value, "size", 0)
-    return size if isinstance(size, int) else 0
-
-
-class _NamedTupleOf:
-    """NamedTuple{names}: called with a tuple of values."""
-
-    def __init__(self, names: Any) -> None:
-        self.names = tuple(map(str, names))
-
-    def __call__(self, values: Any) -> NamedTuple:
-        return NamedTuple(zip(self.names, values, strict=True))
-
-
-def _apply_type(base: Any, *params: Any) -> Any:
-    if base is _VAL:
-        return lambda: Value(params[0])
-    if base is _NAMED_TUPLE:
-        return _NamedTupleOf(params[0])
-    if getattr(base, "name", None) in _ARRAYS and getattr(params[0], "dtype", None) is not None:
-        kind = params[0]
-        convert = lambda x: converted(kind, array(x))  # noqa: E731
-        return Function(base.name, convert, convert, kind.dtype)
-    raise OpaqueCodeError(
-        "the code in this file makes a type; only Val, NamedTuple and arrays of numbers are known"
-    )
-
-
-def _keyword_function(function: Any) -> Callable[..., Any]:
-    return lambda options, _, *args: _called(function, args, dict(options))
-
-
-def _keyword_call(options: Any, function: Any, *args: Any) -> Any:
-    return _called(function, args, dict(options))
-
-
-def _splat(function: Any, *parts: Any) -> Any:
-    args: list[Any] = []
-    for part in parts:
-        limits.take_elements(8 * (len(part) if hasattr(part, "__len__") else 1))
-        args.extend(items(part))
-        if len(args) > 10_000:
-            raise OpaqueCodeError("the code in this file calls with too many arguments")
-    return _called(function, tuple(args), {})
-
-
-def _getfield(value: Any, name: Any, *order: Any) -> Any:
-    """Return a field by name, or by position of a tuple: only what the file itself could say."""
-    if isinstance(name, int) and isinstance(value, (tuple, list)):
-        return getindex(value, name)
-    name = str(name)
-    if isinstance(value, dict) and name in value:
-        return value[name]
-    if isinstance(value, Struct) and value.fields is not None and name in value.fields:
-        return value.data[value.fields.index(name)]
-    if isinstance(value, Struct) and name == "contents" and repr(value.type) == "Core.Box":
-        return value.data[0]
-    if isinstance(value, Held) and name == "x":
-        return value.value
-    if dataclasses.is_dataclass(value) and flux.kind_of(value) is not None:
-        names = [field.name for field in dataclasses.fields(value)]
-        known = name if name in names else _LEGACY.get(name, "")
-        if known in names and not known.startswith("julia_"):
-            return getattr(value, known)
-    raise OpaqueCodeError(
-        f"the code in this file reads .{name}, which a {type(value).__name__} does not have"
-    )
-
-
-_VAL, _NAMED_TUPLE = Function("Val", Value), object()
-_ARRAYS = ("Array", "Vector", "Matrix")
-_SPECIAL: dict[str, Any] = {
-    "Val": _VAL,
-    "NamedTuple": _NAMED_TUPLE,
-    "apply_type": _apply_type,
-    "kwfunc": _keyword_function,
-    "kwcall": _keyword_call,
-    "_apply": _splat,
-    "_apply_iterate": lambda iterate, function, *parts: _splat(function, *parts),
-    "Tuple": lambda xs: tuple(items(xs)),
-}
-
-
 class _Frame:
     """One call: slots, values of statements, and the place in the code."""
 
@@ -323,7 +152,7 @@ class _Frame:
         self.captured = dict(zip(code.captured, function.captured, strict=False))
         fixed = method.nargs - 1 - method.is_vararg
         given = [*args[:fixed], *([tuple(args[fixed:])] if method.is_vararg else [])]
-        self.slots: dict[int, Any] = dict(enumerate((_known(number(value)) for value in given), 2))
+        self.slots: dict[int, Any] = dict(enumerate((twin_of(number(value)) for value in given), 2))
         self.values: dict[int, Any] = {}
         self.labels = {
             part.number: index
@@ -411,13 +240,13 @@ class _Frame:
             args = [self.evaluated(arg) for arg in part.args[1:]]
             return self.field(*args[:2])
         function = self.evaluated(first)
-        return _called(function, tuple(self.evaluated(arg) for arg in part.args[1:]), {})
+        return called(function, tuple(self.evaluated(arg) for arg in part.args[1:]), {})
 
     def field(self, value: Any, name: Any) -> Any:
         if value is self.function:
             if str(name) not in self.captured:
                 raise OpaqueCodeError(f"the function captures no {name}")
-            return _known(number(plain(self.captured[str(name)])))
+            return twin_of(number(plain(self.captured[str(name)])))
         if isinstance(value, Module):
             return self.runner.resolved(Global(value.path, str(name)))
-        return _getfield(value, name)
+        return getfield(value, name)

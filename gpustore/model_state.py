@@ -1,14 +1,16 @@
-"""A model's values without its types, as Flux.state gives them, and their way back into a model."""
+"""A model's values without its types, as Flux.state, and back; layers' state and mode."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
 from gpustore import devices
 from gpustore.julia import NamedTuple, Struct
-from gpustore.tree import TrackedArray, arrays, children, copy_all, data, dtype_of_array, walk
+from gpustore.parameters import copy_all, data, dtype_of_array
+from gpustore.tree import TrackedArray, arrays, children, field_names, walk
 
 
 def state(x: Any) -> Any:
@@ -98,3 +100,37 @@ def _by_suffix(dst: Any, src: Any) -> dict[str, Any]:
     if isinstance(src, dict) and not isinstance(dst, dict):
         return {f".{_AS_PYTHON.get(name, name)}": child for name, child in src.items()}
     return dict(children(src))
+
+
+def reset(model: Any) -> None:
+    """Put the state of every recurrent layer back to its start (layers that have `reset`).
+
+    >>> from gpustore import Recur, RNNCell
+    >>> model = Recur(RNNCell(1, 1))
+    >>> _ = model(np.ones(1, np.float32))
+    >>> reset(model)
+    >>> model.state
+    array([0.], dtype=float32)
+    """
+    for _, node in walk(model):
+        start_again = getattr(node, "reset", None) if dataclasses.is_dataclass(node) else None
+        if callable(start_again):
+            start_again()
+
+
+def testmode(model: Any, mode: bool | None = True) -> Any:
+    """Make dropout and normalisation layers behave as in testing; `None` restores the default.
+
+    Sets the field `active` of the layers that have one, as `Flux.testmode!`; returns the model.
+    `testmode(model, False)` is training.
+
+    >>> from gpustore import Dropout
+    >>> testmode([Dropout(0.5)])[0](np.ones(3))
+    array([1., 1., 1.])
+    """
+    active = None if mode is None else not mode
+    for _, node in walk(model):
+        cls: type = type(node)
+        if dataclasses.is_dataclass(cls) and ("active", False) in field_names(cls):
+            node.active = active
+    return model

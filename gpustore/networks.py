@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import convolution, limits, pooling, tree
+from gpustore import convolution, limits, model_state, pooling
 from gpustore.arithmetic import is_array, is_number, promoted, settled
 from gpustore.broadcasting import Function, bounded
 from gpustore.errors import OpaqueCodeError
@@ -139,7 +139,7 @@ def _onecold(y: Any, labels: Any = None) -> Any:
 
 def _reset(model: Any) -> None:
     limits.take_steps(_LAYER_STEPS)
-    tree.reset(model)
+    model_state.reset(model)
 
 
 NETWORKS: dict[str, Callable[..., Any]] = {

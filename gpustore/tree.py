@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import devices, kernels
+from gpustore import devices
 from gpustore.errors import MismatchError
 
 MAX_PATH = 1000  # characters of a path below which no more are added
@@ -88,7 +88,7 @@ class Params:
 
 
 @functools.cache
-def _field_names(cls: type, is_trainable: bool = False) -> tuple[tuple[str, bool], ...]:
+def field_names(cls: type, is_trainable: bool = False) -> tuple[tuple[str, bool], ...]:
     """Return the names of the fields that are entered, and whether only where they hold something.
 
     A field's metadata say so: `leaf` is not entered, `trainable: False` is no parameter, `era` is
@@ -119,7 +119,7 @@ def children(node: Any, *, is_trainable: bool = False) -> list[tuple[str, Any]]:
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         parts = (
             (f".{name}", getattr(node, name), is_of_era)
-            for name, is_of_era in _field_names(type(node), is_trainable)
+            for name, is_of_era in field_names(type(node), is_trainable)
             if hasattr(node, name)
         )
         return [(suffix, part) for suffix, part, of_era in parts if not (of_era and part is None)]
@@ -211,7 +211,7 @@ def _rebuilt(node: Any, replace: Callable[[Any], Any], memo: dict[int, Any]) -> 
             new[key] = _rebuilt(node[key], replace, memo)
     elif dataclasses.is_dataclass(node) and not isinstance(node, type):
         new = memo[id(node)] = copy.copy(node)
-        for name, _ in _field_names(type(node)):
+        for name, _ in field_names(type(node)):
             if hasattr(node, name):
                 object.__setattr__(new, name, _rebuilt(getattr(node, name), replace, memo))
     memo[id(node)] = new
@@ -282,141 +282,8 @@ def gpu(x: Any, device: str | int | None = None) -> Any:
     return to_device(x, name)
 
 
-# --- parameters -------------------------------------------------------------------------------
-
-
-def param(array: Any) -> TrackedArray:
-    """Return a tracked array, as Flux's `param` did up to 0.9.
-
-    >>> param(np.ones(2))
-    TrackedArray(dtype=float64, shape=(2,))
-    """
-    return TrackedArray(array)
-
-
-def data(x: Any) -> Any:
-    """Return `x` with tracking removed: a TrackedArray's values, a list of them, a whole model.
-
-    The arrays themselves are not copied.
-
-    >>> data([param(np.ones(2))])
-    [array([1., 1.])]
-    """
-
-    def untrack(node: Any) -> Any:
-        if isinstance(node, TrackedArray):
-            return node.data
-        if isinstance(node, Params):
-            return [untrack(array) for array in node]
-        return node
-
-    return rebuild(x, untrack)
-
-
-def params(x: Any) -> list[Any]:
-    """Return the model's parameters in Flux's order: fields in turn, depth first, each once.
-
-    They are the arrays themselves (or TrackedArrays), not copies, of any numeric dtype; running
-    statistics and the state of Recur are none.
-
-    >>> params({"w": np.zeros((1, 2)), "b": [np.ones(1)]})
-    [array([[0., 0.]]), array([1.])]
-    """
-    if isinstance(x, Params):
-        return x.arrays()
-    found: list[Any] = []
-    seen: set[int] = set()
-    inside: set[int] = set()  # what belongs to a TrackedArray
-    for _, node in walk(x, is_trainable=True):
-        if isinstance(node, TrackedArray):
-            inside.update(id(part) for _, part in walk([node.data, node.grad, node.tracker]))
-        elif not (devices.is_array(node) and is_numeric(node)):
-            continue
-        if id(node) not in seen and id(node) not in inside:
-            seen.add(id(node))
-            found.append(node)
-    return found
-
-
 def is_numeric(array: Any) -> bool:
     """Whether an array holds numbers, which may be parameters and may lie on a GPU."""
     if not isinstance(array, np.ndarray):
         return True
     return array.dtype.kind not in "OSUmM" and array.dtype.type is not np.void  # bfloat16 is V too
-
-
-def loadparams(model: Any, weights: Any) -> None:
-    """Copy `weights` (as `params` gives them) into the model's arrays, on whatever device they are.
-
-    Raises MismatchError naming every array whose shape differs, or the counts; then nothing has
-    been changed. Values are converted to the model's dtype within the same kind.
-
-    >>> model = {"w": np.zeros(2)}
-    >>> loadparams(model, [np.array([1.0, 2.0])])
-    >>> model
-    {'w': array([1., 2.])}
-    """
-    targets, sources = [data(p) for p in params(model)], [data(w) for w in weights]
-    if len(targets) != len(sources):
-        raise MismatchError(
-            f"loadparams: expected {len(targets)} arrays, found {len(sources)}; build the model "
-            "as it was when the weights were saved"
-        )
-    pairs = [(f"weights[{i}]", t, s) for i, (t, s) in enumerate(zip(targets, sources, strict=True))]
-    copy_all("loadparams", pairs, [])
-
-
-def copy_all(where: str, pairs: list[tuple[str, Any, Any]], problems: list[str]) -> None:
-    """Copy each source into its target once all of them are known to fit."""
-    for path, target, source in pairs:
-        if tuple(target.shape) != tuple(source.shape):
-            problems.append(
-                f"{path}: expected shape {tuple(target.shape)}, found {tuple(source.shape)}"
-            )
-        elif not np.can_cast(dtype_of_array(source), dtype_of_array(target), "same_kind"):
-            problems.append(f"{path}: expected {target.dtype}, found {source.dtype}")
-    if problems:
-        raise MismatchError(f"{where}: " + "; ".join(problems) + "; nothing was changed")
-    for target, source in kernels.scatter([(target, source) for _, target, source in pairs]):
-        target[...] = to_device(source, devices.array_device(target))
-
-
-def dtype_of_array(array: Any) -> Any:
-    return array.dtype if isinstance(array.dtype, np.dtype) else np.dtype(str(array.dtype))
-
-
-# --- layers that hold a state or a mode ---------------------------------------------------------
-
-
-def reset(model: Any) -> None:
-    """Put the state of every recurrent layer back to its start (layers that have `reset`).
-
-    >>> from gpustore import Recur, RNNCell
-    >>> model = Recur(RNNCell(1, 1))
-    >>> _ = model(np.ones(1, np.float32))
-    >>> reset(model)
-    >>> model.state
-    array([0.], dtype=float32)
-    """
-    for _, node in walk(model):
-        start_again = getattr(node, "reset", None) if dataclasses.is_dataclass(node) else None
-        if callable(start_again):
-            start_again()
-
-
-def testmode(model: Any, mode: bool | None = True) -> Any:
-    """Make dropout and normalisation layers behave as in testing; `None` restores the default.
-
-    Sets the field `active` of the layers that have one, as `Flux.testmode!`; returns the model.
-    `testmode(model, False)` is training.
-
-    >>> from gpustore import Dropout
-    >>> testmode([Dropout(0.5)])[0](np.ones(3))
-    array([1., 1., 1.])
-    """
-    active = None if mode is None else not mode
-    for _, node in walk(model):
-        cls: type = type(node)
-        if dataclasses.is_dataclass(cls) and ("active", False) in _field_names(cls):
-            node.active = active
-    return model

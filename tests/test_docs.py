@@ -19,7 +19,7 @@ import pytest
 import run_page as pages
 
 import gpustore as gs
-from gpustore import allowlist, eras, flux, interpret, testing
+from gpustore import allowlist, calls, eras, flux, testing
 from gpustore.testing import fake_cuda
 
 ROOT = Path(__file__).parents[1]
@@ -186,7 +186,7 @@ def flux_page() -> str:
         checked = ", ".join(sorted(seen.get(cls, ()), key=lambda v: int(v[2:])))
         lines.append(f"| {cls} | `{name}` | {layouts} | {checked} |")
     held = sorted(name.replace("#", "") for name in flux.FUNCTIONS)
-    known = sorted([*allowlist.TABLE, *interpret._SPECIAL, *allowlist.CONSTANTS])
+    known = sorted([*allowlist.TABLE, *calls.SPECIAL, *allowlist.CONSTANTS])
     lines += [
         "", "## Functions", "", "Held by name in a file, as an activation or a connection:", "",
         ", ".join(f"`{name}`" for name in held) + ".",

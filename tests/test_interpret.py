@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpustore as gs
-from gpustore import allowlist, interpret, limits, listing, tree
+from gpustore import allowlist, calls, interpret, limits, listing, tree
 from gpustore.code import SSA, Code, Constant, Expr, Global, Goto, Method, Slot
 from gpustore.julia import OpaqueDocument, OpaqueFunction
 
@@ -526,7 +526,7 @@ def test_integers_wrap_as_int64_does():
 PARTS = st.recursive(
     st.one_of(
         st.sampled_from([SSA(1), SSA(2), Slot(1), Slot(2), Slot(9), Goto(1), Constant(None)]),
-        st.sampled_from([*allowlist.TABLE, *interpret._SPECIAL, *allowlist.CONSTANTS])
+        st.sampled_from([*allowlist.TABLE, *calls.SPECIAL, *allowlist.CONSTANTS])
         .map(lambda name: Global("Base", name)),
         st.one_of(st.integers(-3, 5), st.floats(), st.text(max_size=2)).map(Constant),
     ),
