@@ -12,13 +12,15 @@ import re
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gpustore import gds
 from gpustore.errors import CUDAUnavailableError, UnsupportedValueError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # DLDeviceType of dlpack.h; kDLCUDAHost is pinned host memory, kDLCUDAManaged counts as its device.
 _CPU_TYPES, _CUDA_TYPES = (1, 3), (2, 13)
@@ -278,7 +280,7 @@ def is_cupy_array(array: Any) -> bool:
 
 def _cupy_to_host(array: Any, device: str) -> NDArray[Any]:
     with cuda_device(device):
-        return cast(NDArray[Any], array.get(order="A"))
+        return cast("NDArray[Any]", array.get(order="A"))
 
 
 def _foreign_to_host(array: Any, device: str) -> NDArray[Any]:

@@ -32,13 +32,13 @@ _CARRIERS = {1: "Core.UInt8", 2: "Core.UInt16", 8: "Core.Int64"}  # by bytes of 
 
 
 # NumPy's own parser divides by the 0 of `timedelta64[s/0]`, which ends the process
-_TIME = re.compile(r"(datetime|timedelta)64\[([1-9][0-9]{0,8})?(Y|M|W|D|h|m|s|[munpfa]s)\]")
+_TIME = r"(datetime|timedelta)64\[([1-9][0-9]{0,8})?(Y|M|W|D|h|m|s|[munpfa]s)\]"
 
 
 def extension_dtype(name: str) -> np.dtype[Any] | None:
     """Return the dtype of this name that Julia has no type for: of ml_dtypes, or a time's."""
     if name.startswith(("datetime64", "timedelta64")):
-        return np.dtype(name) if _TIME.fullmatch(name) else None
+        return np.dtype(name) if re.fullmatch(_TIME, name) else None
     import ml_dtypes
 
     scalar = getattr(ml_dtypes, name, None)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gpustore import rows
 from gpustore.digest import DIGEST_NBYTES
@@ -32,6 +31,9 @@ from gpustore.layout import (
     Plan,
     TooLong,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _ROW = 8  # elements from this number on are looked at for rows
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
-from pathlib import Path
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gpustore import devices, staging
 from gpustore.digest import DIGEST_NBYTES
 from gpustore.errors import DeviceMemoryError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # of blake3.cu and pack.cu
 _CHUNK_NBYTES, _CHUNK_THREADS = 1024, 128
@@ -31,8 +32,6 @@ _SMALL_NBYTES, _SLAB_NBYTES = 256 * 1024, 32 * 1024 * 1024  # what is scattered,
 # context in error, a graph being captured
 _PASSING = frozenset({2, *range(700, 720), *range(900, 909)})
 _BATCH_NBYTES = 2**32  # hashed at once, but for larger arrays
-
-_LOG = logging.getLogger("gpustore")
 
 
 def digests(arrays: list[Any]) -> list[bytes] | None:
@@ -260,17 +259,23 @@ def _kernel(file: str, name: str) -> Any:
 def _module(cupy: Any, file: str) -> Any:
     if not hasattr(cupy, "RawModule"):  # the fake device, unless a test gives it one
         return None
-    folder = Path(__file__).parent / "cuda"
-    if not folder.is_dir():
-        folder = Path(__file__).parent.parent / "kernels"
+    package = os.path.dirname(os.path.abspath(__file__))
+    folder = os.path.join(package, "cuda")
+    if not os.path.isdir(folder):
+        folder = os.path.join(os.path.dirname(package), "kernels")
     try:
-        code = (folder / f"{file}.cu").read_text(encoding="utf-8")
+        with open(os.path.join(folder, f"{file}.cu"), encoding="utf-8") as source:
+            code = source.read()
         module = cupy.RawModule(code=code, options=("--std=c++17",))
         module.compile()
     except Exception as error:  # NVRTC missing or failing: many kinds
         of_cuda = cupy.cuda.driver.CUDADriverError, cupy.cuda.runtime.CUDARuntimeError
         if isinstance(error, of_cuda) and error.status in _PASSING:
             raise
-        _LOG.warning("kernels/%s.cu cannot be compiled, so the host does its work: %s", file, error)
+        import logging  # 6 ms, for this warning only
+
+        logging.getLogger("gpustore").warning(
+            "kernels/%s.cu cannot be compiled, so the host does its work: %s", file, error
+        )
         return None
     return module

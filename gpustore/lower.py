@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gpustore import arrays, devices, dictionaries, document, flux, twins
 from gpustore.document import Encoded, Payload, Slot
@@ -36,6 +35,9 @@ from gpustore.typeof import (
     type_of,
 )
 from gpustore.values import DataFrame, JuliaArray, JuliaDict
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _named = JuliaType.named
 _FLOAT64 = _named("Core.Float64")

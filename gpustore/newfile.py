@@ -7,13 +7,13 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
+    from queue import SimpleQueue
 
 _DIRECT_NBYTES = 32 * 1024 * 1024  # durable files from this size on go past the page cache
 _BLOCK_NBYTES = 4096  # of positions, sizes and addresses; no disk asks for more
@@ -173,6 +173,8 @@ class DirectWriter:
 
     def __init__(self, descriptor: int, plain: int, threads: ThreadPoolExecutor) -> None:
         self._descriptors, self._threads = (descriptor, plain), threads
+        from queue import SimpleQueue  # 1 ms, for large files only
+
         self._free: SimpleQueue[Any] = SimpleQueue()
         for stage in _aligned_memory(_STAGES * _STAGE_NBYTES).reshape(_STAGES, -1):
             self._free.put(stage)

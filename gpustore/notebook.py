@@ -6,7 +6,6 @@ Nothing is computed and no array is read or copied: what is shown are names, sha
 from __future__ import annotations
 
 import datetime
-import html
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -175,6 +174,8 @@ def _short(text: str) -> str:
 
 def _escaped(text: str) -> str:
     """Return text for HTML, with nothing in it that a browser would obey or turn around."""
+    import html  # 3 ms, for notebooks only
+
     return html.escape(printable(text))
 
 

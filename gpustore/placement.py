@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections import Counter
 from collections.abc import Callable, Container, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from gpustore.errors import (
 from gpustore.julia import ArraySpec
 from gpustore.lift import Lifter
 from gpustore.storage import MappedFile
+from gpustore.workers import let_go
 
 DeviceChoice = str | Mapping[str, str] | Callable[[str], str | None] | None
 Check = Callable[[Container[int]], None]  # raises unless all payloads are whole but those there
@@ -94,7 +94,7 @@ class Placement:
                 self._verify(moved, check)
         except BaseException as error:
             moved.clear()  # and what else holds memory of a device while the error lives
-            traceback.clear_frames(error.__traceback__)
+            let_go(error)
             raise
         return tree.rebuild(root, lambda node: moved.get(id(node), node)) if moved else root
 

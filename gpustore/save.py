@@ -7,9 +7,7 @@ import gc
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from gpustore import devices, document, transfer, tree
 from gpustore.dictionaries import is_document
@@ -23,6 +21,9 @@ from gpustore.output import Progress, write_plan
 from gpustore.typeof import numpy_dtype, remembering
 from gpustore.values import Entries
 from gpustore.version import __version__
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 WRITER = f"gpustore {__version__}"
 

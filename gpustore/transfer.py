@@ -7,13 +7,15 @@ import itertools
 import math
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gpustore import devices, staging
 from gpustore.layout import SLOT_NBYTES, SMALL_NBYTES, TURNED_NBYTES, Payload
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 CHUNK_NBYTES = 8 * 1024 * 1024
 _BLOCK_NBYTES = 4 * 1024 * 1024  # of bytes that are made, at once

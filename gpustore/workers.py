@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -80,7 +79,7 @@ class Crew:
         try:
             work()
         except BaseException as error:
-            _let_go(error)
+            let_go(error)
             self._stop(error)
         with self._changed:
             self._working -= 1
@@ -114,8 +113,10 @@ def _join(threads: list[threading.Thread]) -> None:
         raise late
 
 
-def _let_go(error: BaseException) -> None:
+def let_go(error: BaseException) -> None:
     """Clear the frames that an error and its causes keep, which hold arrays of the device."""
+    import traceback  # 1 ms, for errors only
+
     link: BaseException | None = error
     while link is not None:
         traceback.clear_frames(link.__traceback__)
