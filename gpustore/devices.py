@@ -110,7 +110,7 @@ def parse_device(name: str) -> str:
     >>> parse_device("cuda:1")
     'cuda:1'
     """
-    if not isinstance(name, str) or not _DEVICE_NAME.fullmatch(name):
+    if not isinstance(name, str) or (name != "cpu" and not _DEVICE_NAME.fullmatch(name)):
         raise UnsupportedValueError(
             f"device: expected 'cpu', 'cuda' or 'cuda:N' with N from 0 to 999, found {name!r}"
         )

@@ -58,8 +58,9 @@ class NamedTuple(Shown, dict[str, Any]):
 
 
 class _Hashed:
-    __slots__ = ("known_hash", "known_weight")
+    __slots__ = ("known_hash", "known_reversed", "known_weight")
     known_hash: int
+    known_reversed: int
     known_weight: int
 
 
@@ -105,6 +106,20 @@ class JuliaType(_Hashed):
             known = 1 + sum(map(_weight, self.params))
             object.__setattr__(self, "known_weight", known)
         return known
+
+    @property
+    def reversed_rank(self) -> int:
+        """The rank of the array that this PermutedDimsArray turns into a row-major one, else 0."""
+        try:
+            return self.known_reversed
+        except AttributeError:
+            found = 0
+            if len(self.params) == 5 and self.name == PERMUTED:
+                rank, order = self.params[1:3]
+                is_order = type(rank) is int and type(order) is tuple and len(order) == rank
+                found = rank if is_order and is_equal(order, (*range(rank, 0, -1),)) else 0
+            object.__setattr__(self, "known_reversed", found)
+            return found
 
     @property
     def name(self) -> str:
@@ -344,4 +359,4 @@ class ArraySpec:
 
 def is_of_both_orders(shape: tuple[int, ...]) -> bool:
     """Whether the row-major memory of an array of this shape is its column-major memory too."""
-    return sum(size != 1 for size in shape) < 2 or 0 in shape
+    return len(shape) - shape.count(1) < 2 or 0 in shape

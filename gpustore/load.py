@@ -77,7 +77,7 @@ def load(
         raise UnsupportedValueError(f"lost: expected 'error' or 'placeholder', found {lost!r}")
     choose = chooser(device)
     with paused_collector():
-        file = _mapped(path, mmap=mmap)
+        file = MappedFile.open(path, mmap=mmap)
         content = _document(file)
         report = counted(progress, file.nbytes)
         check = _checker(file, report) if verify else None
@@ -103,19 +103,20 @@ def load(
     return tuple(root[name] for name in names) if names else root
 
 
-def _mapped(path: Any, *, mmap: bool) -> MappedFile:
-    file = MappedFile.open(path, mmap=mmap)
-    kind = foreign.foreign_kind(bytes(file.buffer[:512]), file.nbytes)
-    if kind is not None:
-        raise FormatError(f"{file.path}: {kind}")
-    return file
-
-
 def _document(file: MappedFile) -> dict[str, Any]:
     slot_nbytes = document.SLOT_NBYTES
-    content = document.scan(file.buffer, name=file.path, slot_nbytes=slot_nbytes)
+    try:
+        content = document.scan(file.buffer, name=file.path, slot_nbytes=slot_nbytes)
+    except FormatError as error:
+        raise _explained(file, error) from None
     _refuse_newer(file, content.get(STAMP))
     return content
+
+
+def _explained(file: MappedFile, error: FormatError) -> FormatError:
+    """Return what says of which other kind a file is, that could not be read; else the error."""
+    kind = foreign.foreign_kind(bytes(file.buffer[:512]), file.nbytes)
+    return error if kind is None else FormatError(f"{file.path}: {kind}")
 
 
 def _refuse_newer(file: MappedFile, stamp: Any) -> None:
@@ -253,9 +254,12 @@ class StoredFile(Mapping[str, Any]):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = _mapped(path, mmap=True)
+        self._file = MappedFile.open(path)
         self.path, self.nbytes = self._file.path, self._file.nbytes
-        self._parts = document.parts(self._file.buffer, name=self.path)
+        try:
+            self._parts = document.parts(self._file.buffer, name=self.path)
+        except FormatError as error:
+            raise _explained(self._file, error) from None
         known = self._content if self._parts is None else self._parts.document(STAMP)
         self._stamp = known.get(STAMP)
         _refuse_newer(self._file, self._stamp)

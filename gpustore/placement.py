@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
@@ -41,7 +41,7 @@ class Placement:
     ) -> None:
         self._file, self._functions, self._choose = file, functions, choose
         self._keeps_all = is_verified and choose("cpu") != "cpu"
-        self._counts: Counter[str] = Counter()  # arrays of each tag, "cpu" for those without
+        self._counts: dict[str, int] = defaultdict(int)  # of each tag, "cpu" for none
         self._made: dict[int, tuple[Any, ArraySpec, str]] = {}  # by id, the ones for devices
 
     def lifter(self, content: dict[str, Any]) -> Lifter:
@@ -75,9 +75,10 @@ class Placement:
         device.
         """
         targets = {tag: self._choose(tag) for tag in self._counts}
-        self._require({device for device in targets.values() if device != "cpu"})
+        away = {*targets.values()} - {"cpu"}
+        self._require(away)
         found: dict[int, tuple[Any, str]] = {}
-        if any(device != "cpu" for device in targets.values()):
+        if away:
             for _, leaf in tree.walk_entries(root):
                 if isinstance(leaf, np.ndarray) and tree.is_numeric(leaf):
                     device = targets[self._tag(leaf)]

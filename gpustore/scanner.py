@@ -17,6 +17,7 @@ from gpustore.layout import (
     MAX_DEPTH,
     MAX_NAME_NBYTES,
     ROW_NBYTES,
+    SLOT_NBYTES,
     STAMP,
     Slot,
 )  # fmt: skip
@@ -194,6 +195,9 @@ class Scanner:
         if not tagged.FEWEST_NBYTES <= nbytes <= limit - start:
             return None
         like, end = self.likes.get(nbytes), start + nbytes
+        is_of_any_file = nbytes >= self.slot_nbytes == SLOT_NBYTES
+        if like is None and is_of_any_file:
+            like = tagged.likes.get(nbytes)
         if like is not None and not isinstance(like, tagged.Like):
             like = self.likes[nbytes] = tagged.Like.of(self.buffer, *like)
         node = like.read(self.buffer, start, end) if like is not None else None
@@ -203,6 +207,8 @@ class Scanner:
                 return None
             if "data" in node and len(self.likes) < _MANY:
                 self.likes[nbytes] = start, end, node
+            if is_of_any_file:
+                tagged.keep_like(self.buffer, start, end, node)
         return node, end
 
     def row(

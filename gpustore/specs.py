@@ -16,12 +16,10 @@ from gpustore.document import Slot
 from gpustore.dtypes import dtype_of, extension_dtype
 from gpustore.errors import FormatError
 from gpustore.julia import (
-    PERMUTED,
     ArraySpec,
     JuliaType,
     OpaqueDocument,
     Struct,
-    is_equal,
     is_of_both_orders,
 )
 from gpustore.values import JuliaArray
@@ -62,14 +60,8 @@ def row_major_spec(julia_type: Any, parent: ArraySpec) -> ArraySpec | None:
 
     None for one that does not, or whose memory is column-major too.
     """
-    if not isinstance(julia_type, JuliaType) or len(julia_type.params) != 5:
-        return None
-    params: Any = julia_type.params
-    rank = params[1] if julia_type.name == PERMUTED else None
-    if type(rank) is not int or len(parent.shape) != rank:
-        return None
-    is_reversed = is_equal(params[2], tuple(range(rank, 0, -1)))
-    if not is_reversed or is_of_both_orders(parent.shape):
+    rank = julia_type.reversed_rank if isinstance(julia_type, JuliaType) else 0
+    if rank == 0 or len(parent.shape) != rank or is_of_both_orders(parent.shape):
         return None
     shape, kept = parent.shape[::-1], (parent.device, parent.payload, parent.digest)
     return ArraySpec(parent.dtype, shape, "C", *kept)

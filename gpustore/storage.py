@@ -20,6 +20,9 @@ from gpustore.newfile import NewFile, direct_writer
 
 _SLOWLY_FREED_NBYTES = 32 * 1024 * 1024
 # of <sys/mman.h>; Python has the name from 3.13 on
+_READING = os.O_RDONLY  # a pipe is not waited for, a terminal does not become ours
+for _flag in ("O_BINARY", "O_NONBLOCK", "O_NOCTTY"):
+    _READING |= getattr(os, _flag, 0)
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
@@ -49,19 +52,15 @@ class MappedFile:
         no regular file.
         """
         name = os.fsdecode(path)
+        descriptor = _opened(name)
         try:
-            mode = os.stat(name).st_mode
-        except FileNotFoundError as error:
-            sentence = "there is no such file; check the path"
-            raise FileNotFoundError(errno.ENOENT, sentence, name) from error
-        if stat.S_ISDIR(mode):
-            raise _is_a_folder(name)
-        if not stat.S_ISREG(mode):
-            raise FormatError(f"{name}: expected a regular file, found a device, pipe or socket")
-        descriptor = os.open(name, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        try:
+            found = os.fstat(descriptor)
+            if stat.S_ISDIR(found.st_mode):
+                raise _is_a_folder(name)
+            if not stat.S_ISREG(found.st_mode):
+                raise _is_no_file(name)
             if mmap:
-                return cls(name, _mapped(descriptor), _identity_of(descriptor))
+                return cls(name, _mapped(descriptor), (found.st_dev, found.st_ino))
             return cls(name, _read(descriptor))
         finally:
             _let_go(descriptor)
@@ -146,6 +145,24 @@ NO_FILE = Reader("", None, 0, 0)  # copies from memory
 def _identity_of(descriptor: int) -> tuple[int, int]:
     found = os.fstat(descriptor)
     return found.st_dev, found.st_ino
+
+
+def _opened(name: str) -> int:
+    try:
+        return os.open(name, _READING)
+    except FileNotFoundError as error:
+        sentence = "there is no such file; check the path"
+        raise FileNotFoundError(errno.ENOENT, sentence, name) from error
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise _is_no_file(name) from error
+        if os.path.isdir(name):  # Windows opens none
+            raise _is_a_folder(name) from error
+        raise
+
+
+def _is_no_file(name: str) -> FormatError:
+    return FormatError(f"{name}: expected a regular file, found a device, pipe or socket")
 
 
 def _is_a_folder(name: str) -> IsADirectoryError:

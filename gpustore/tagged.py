@@ -89,6 +89,20 @@ class Like(NamedTuple):
         return inner if "size" in node else {**node, "data": [inner]}
 
 
+def keep_like(buffer: Any, start: int, end: int, node: dict[str, Any]) -> None:
+    """Remember a document of a large array for other files, when one of its size is met again."""
+    nbytes = end - start
+    if nbytes not in _met:
+        if len(_met) < _HEADS:
+            _met.add(nbytes)
+        return
+    like = Like.of(buffer, start, end, node) if nbytes not in likes else None
+    if like is None or len(like.before) > 2 * _HEAD_NBYTES or len(likes) >= _HEADS:
+        return
+    if not any(word in like.before for word in _OF_ONE_FILE):
+        likes[nbytes] = like
+
+
 def read(scanner: Any, start: int, end: int, depth: int) -> dict[str, Any] | None:
     """Return the document from `start` to `end`: of an array, a type, or some kinds of structs."""
     buffer, first = scanner.buffer, start + 4 + len(ARRAY_HEAD)
@@ -253,6 +267,8 @@ def keep_stamp(element: bytes, node: Any) -> None:
         _stamps[before] = node
 
 
+likes: dict[int, Like] = {}  # of all files: large arrays, by the nbytes of their documents
+_met: set[int] = set()
 _stamps: dict[bytes, dict[str, Any]] = {}  # of all files
 # of all files: names of types, whole types, and by the ids of these what they are lifted to
 _plain: dict[bytes, tuple[str, ...]] = {}

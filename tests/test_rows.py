@@ -248,6 +248,51 @@ def test_each_bit_of_a_stamp_gives_what_the_codec_would_give(tmp_path, monkeypat
             assert quick == read(bytes(changed)), bit
 
 
+@pytest.mark.parametrize("array", [np.ones((3, 9000)), np.asfortranarray(np.ones((3, 9000)))])
+def test_each_bit_of_a_large_array_gives_what_it_would_without_others_like_it(
+    tmp_path, monkeypatch, array
+):
+    """A large array is read in the likeness of another file's: whatever differs, as without."""
+    monkeypatch.setattr(tagged, "likes", {})
+    gs.save(tmp_path / "a", w=array, durable=False)
+    octets = (tmp_path / "a").read_bytes()
+
+    def read(changed):
+        try:
+            return document.scan(changed)
+        except GpustoreError as error:
+            return type(error), str(error)
+
+    assert all(read(octets) == read(octets) for _ in range(3))
+    like = tagged.likes[max(tagged.likes)]  # the other is of the array in it
+    first = octets.index(like.before)
+    payload = range(first + len(like.before), len(octets) - octets[::-1].index(like.after[::-1]))
+    for byte in (*range(first, payload[0] + 2), *range(payload[-1] - 40, len(octets))):
+        for bit in range(8):
+            changed = bytearray(octets)
+            changed[byte] ^= 1 << bit
+            quick = read(bytes(changed))
+            with monkeypatch.context() as patch:
+                patch.setattr(tagged, "likes", {})
+                assert quick == read(bytes(changed)), (byte, bit)
+
+
+def test_large_arrays_of_other_files_are_remembered_only_where_they_say_nothing_of_these(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(document, "SLOT_NBYTES", scanner.SLOT_NBYTES)
+    monkeypatch.setattr(tagged, "likes", {})
+    spelled, large = JuliaType.named("Main.Base.Held"), np.ones((90, 400))
+    for number in range(4):
+        gs.save(tmp_path / "a", {"s": Struct(spelled, [large.T]), "w": large * number})
+        found = gs.load(tmp_path / "a")
+        assert found.spelling == frozenset({"Base"}) and np.all(found["w"] == number)
+        gs.save(tmp_path / "b", large.astype("f4").repeat(2, axis=0) + number)
+        assert np.all(gs.load(tmp_path / "b", verify=True) == 1 + number)
+    kept = [like.before for like in tagged.likes.values()]
+    assert kept and not any(b"Main" in octets or b"backref" in octets for octets in kept)
+
+
 def test_a_type_that_two_threads_decode_at_once_is_kept_once(tmp_path, monkeypatch):
     """What is known by the id of a document is that document's as long as it is known."""
     gs.save(tmp_path / "a", np.ones((3, 9000), "f4"))
