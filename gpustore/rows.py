@@ -11,7 +11,8 @@ the node itself or that field.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +55,17 @@ def shared(nodes: Collection[Any]) -> Iterator[tuple[int, int]]:
                 yield start, position
             start, size = position, own
             kind, outer = (None, None) if own is None else (inner.get("type"), node.get("type"))
+
+
+def groups(nodes: Iterable[Any]) -> list[list[Any]]:
+    """Return the nodes that share types and size, in whatever places, those of FEWEST and more."""
+    found: defaultdict[tuple[int, int, int], list[Any]] = defaultdict(list)
+    for node in nodes:
+        inner = node if type(node) is dict and "size" in node else array_in(node)
+        if type(inner) is dict and "size" in inner:
+            key = id(inner["size"]), id(inner.get("type")), id(node.get("type"))
+            found[key].append(node)
+    return [group for group in found.values() if len(group) >= FEWEST]
 
 
 class Row(NamedTuple):

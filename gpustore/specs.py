@@ -42,17 +42,33 @@ def lift_rows(lifter: Any, nodes: Collection[Any]) -> None:
     """Lift arrays that were read as a row into the memo, without making a spec for each."""
     if lifter.make_row is None or len(nodes) < rows.FEWEST:
         return
-    nodes = list(nodes)
-    for start, stop in rows.shared(nodes):
-        row, inner, spec = nodes[start:stop], [*map(rows.array_in, nodes[start:stop])], None
+    for row in rows.groups(nodes):
+        inner, spec = [*map(rows.array_in, row)], None
         with contextlib.suppress(FormatError):  # it is raised again where its path is known
             array_spec(lifter, inner[0], "")
             spec = quick_spec(lifter, inner[0])
             if spec is not None and inner[0] is not row[0]:
                 spec = row_major_spec(lifter.type_in(row[0], ""), spec)
-        arrays = lifter.make_row(spec, [node["data"] for node in inner]) if spec else None
+        is_row = spec is not None and _differ_in_bytes_only(inner)
+        arrays = lifter.make_row(spec, [node["data"] for node in inner]) if is_row else None
         if arrays is not None:
             lifter.memo.update(zip(map(id, row), arrays, strict=True))
+
+
+def _differ_in_bytes_only(nodes: list[dict[str, Any]]) -> bool:
+    """Whether array documents that share type and size have the same keys, and as much in them."""
+    keys = nodes[0].keys()
+    if not all(map(keys.__eq__, map(dict.keys, nodes))):
+        return False
+    columns = ([node[key] for node in nodes] for key in ("data", "blake3") if key in keys)
+    return all(map(_are_of_one_size, columns))
+
+
+def _are_of_one_size(binaries: list[Any]) -> bool:
+    kinds = {*map(type, binaries)}
+    if kinds == {bytes}:
+        return len({*map(len, binaries)}) == 1
+    return kinds == {Slot} and len({slot.nbytes for slot in binaries}) == 1
 
 
 def row_major_spec(julia_type: Any, parent: ArraySpec) -> ArraySpec | None:

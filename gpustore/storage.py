@@ -19,10 +19,10 @@ from gpustore.errors import FormatError, TruncatedFileError, UnsupportedValueErr
 from gpustore.newfile import NewFile, direct_writer
 
 _SLOWLY_FREED_NBYTES = 32 * 1024 * 1024
-# of <sys/mman.h>; Python has the name from 3.13 on
 _READING = os.O_RDONLY  # a pipe is not waited for, a terminal does not become ours
 for _flag in ("O_BINARY", "O_NONBLOCK", "O_NOCTTY"):
     _READING |= getattr(os, _flag, 0)
+# of <sys/mman.h>; Python has the name from 3.13 on
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 

@@ -162,21 +162,27 @@ def host_row(
 ) -> Any:
     """Return arrays of one dtype, shape and memory order: `host_view` of each, made at once.
 
-    They are views of the buffer where the payloads are large slots at a constant distance, and of
-    one copy where they are small or bytes; None for payloads that lie otherwise.
+    They are views of one copy where the payloads are bytes or small slots, else of the buffer;
+    None for large slots that do not lie at a constant distance.
     """
     in_memory = shape if order == "C" else shape[::-1]
     stacked_shape = (len(payloads), *in_memory)
-    if all(type(payload) is bytes for payload in payloads):
+    is_small = type(payloads[0]) is bytes or payloads[0].nbytes < SLOT_NBYTES
+    if is_small and type(payloads[0]) is bytes:
         flat = np.frombuffer(bytearray().join(payloads), dtype)
         stacked = flat.reshape(stacked_shape)
     else:
+        first, nbytes = payloads[0]
         offsets = [payload.offset for payload in payloads]
-        pitch = offsets[1] - offsets[0]
-        if offsets != list(range(offsets[0], offsets[0] + pitch * len(offsets), pitch or 1)):
+        pitch = offsets[1] - first
+        if offsets == list(range(first, first + pitch * len(offsets), pitch or 1)):
+            inner = np.empty(in_memory, dtype).strides
+            stacked = np.ndarray(stacked_shape, dtype, buffer, first, (pitch, *inner))
+            stacked = stacked.copy() if is_small else stacked
+        elif is_small:
+            whole = memoryview(buffer)
+            parts = [whole[offset : offset + nbytes] for offset in offsets]
+            stacked = np.frombuffer(bytearray().join(parts), dtype).reshape(stacked_shape)
+        else:
             return None
-        inner = np.empty(in_memory, dtype).strides
-        stacked = np.ndarray(stacked_shape, dtype, buffer, offsets[0], (pitch, *inner))
-        if payloads[0].nbytes < SLOT_NBYTES:
-            stacked = stacked.copy()
     return list(stacked if order == "C" else stacked.transpose(0, *range(len(shape), 0, -1)))
