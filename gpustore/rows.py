@@ -58,13 +58,30 @@ def shared(nodes: Collection[Any]) -> Iterator[tuple[int, int]]:
 
 
 def groups(nodes: Iterable[Any]) -> list[list[Any]]:
-    """Return the nodes that share types and size, in whatever places, those of FEWEST and more."""
-    found: defaultdict[tuple[int, int, int], list[Any]] = defaultdict(list)
+    """Return nodes that share types and size, wherever they are, FEWEST or more in each group.
+
+    Those with padding and those without are not in one group.
+    """
+    found: defaultdict[tuple[int, ...], list[Any]] = defaultdict(list)
+    size = kind = outer = None
+    group: list[Any] = []
+    length = 0
     for node in nodes:
-        inner = node if type(node) is dict and "size" in node else array_in(node)
-        if type(inner) is dict and "size" in inner:
-            key = id(inner["size"]), id(inner.get("type")), id(node.get("type"))
-            found[key].append(node)
+        if type(node) is not dict:
+            continue
+        inner = node if "size" in node else array_in(node)
+        if type(inner) is not dict or "size" not in inner:
+            continue
+        is_of_last = inner["size"] is size and inner.get("type") is kind
+        if not is_of_last or node.get("type") is not outer or len(inner) != length:
+            size, kind, outer, length = (
+                inner["size"],
+                inner.get("type"),
+                node.get("type"),
+                len(inner),
+            )
+            group = found[id(size), id(kind), id(outer), length]
+        group.append(node)
     return [group for group in found.values() if len(group) >= FEWEST]
 
 

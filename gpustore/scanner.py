@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from gpustore import rows, tagged
+from gpustore import likeness, rows, tagged
 from gpustore.encoder import int64
 from gpustore.errors import FormatError, TruncatedFileError
 from gpustore.layout import (
@@ -63,8 +63,7 @@ class Scanner:
         self.placed: dict[int, tuple[int, int, int]] = {}
         # decoded once, and shared
         self.heads: dict[bytes, dict[str, Any] | list[Any]] = {}
-        # by the nbytes of the document; of the first one start, end and node
-        self.likes: dict[int, tagged.Like | tuple[int, int, Any] | None] = {}
+        self.likes: dict[int, likeness.Likes] = {}  # by the nbytes of documents
         self.shared: dict[bytes, tuple[Any, Any]] = {}  # types, and sizes that follow them
         int64()
 
@@ -149,6 +148,10 @@ class Scanner:
         keys: list[str] = []
         values: list[Any] = []
         run = position  # where a row of small documents begins; none where it is `position`
+        most, looked_at = (
+            likeness.FEW,
+            position,
+        )  # of elements alike, and until where they were looked for
         while True:
             self.need(position, 1, limit)
             kind = self.buffer[position]
@@ -160,6 +163,14 @@ class Scanner:
                     place = position, name_end, limit, pitch
                     position = run = self.row(*place, depth, is_array, keys, values)
                     continue
+                is_long = limit - position > likeness.FEW * tagged.FEWEST_NBYTES
+                if is_long and position >= looked_at and depth < MAX_DEPTH - 2:
+                    alike = likeness.read_run(self.buffer, position, limit, self.likes, most)
+                    looked_at, most = alike.end, 4 * most if alike.nodes else likeness.FEW
+                    if alike.nodes:
+                        self.decode_run(run, position, is_array, keys, values)
+                        position = run = self.add(alike, is_array, keys, values)
+                        continue
                 found = self.tagged_at(name_end + 1, limit, depth + 1)
                 if found is not None:
                     if run != position:
@@ -194,21 +205,19 @@ class Scanner:
         nbytes = INT32.unpack_from(self.buffer, start)[0]
         if not tagged.FEWEST_NBYTES <= nbytes <= limit - start:
             return None
-        like, end = self.likes.get(nbytes), start + nbytes
-        is_of_any_file = nbytes >= self.slot_nbytes == SLOT_NBYTES
-        if like is None and is_of_any_file:
-            like = tagged.likes.get(nbytes)
-        if like is not None and not isinstance(like, tagged.Like):
-            like = self.likes[nbytes] = tagged.Like.of(self.buffer, *like)
-        node = like.read(self.buffer, start, end) if like is not None else None
+        likes: Any = self.likes.get(nbytes)
+        end, is_of_any_file = start + nbytes, nbytes >= self.slot_nbytes == SLOT_NBYTES
+        if likes is None and is_of_any_file:
+            likes = likeness.likes.get(nbytes)
+        node = None if likes is None else likes.read(self.buffer, start, end)
         if node is None:
             node = tagged.read(self, start, end, depth)
             if node is None:
                 return None
-            if "data" in node and len(self.likes) < _MANY:
-                self.likes[nbytes] = start, end, node
+            if "data" in node and (nbytes in self.likes or len(self.likes) < _MANY):
+                self.likes.setdefault(nbytes, likeness.Likes()).add(start, end, node)
             if is_of_any_file:
-                tagged.keep_like(self.buffer, start, end, node)
+                likeness.keep_like(self.buffer, start, end, node)
         return node, end
 
     def row(
@@ -225,7 +234,10 @@ class Scanner:
             keys.append("" if is_array else self.text(position + 1, name_end))
             values.append(first)
             return end
-        keys.extend(row.names)
+        return self.add(row, is_array, keys, values)
+
+    def add(self, row: rows.Row, is_array: bool, keys: list[str], values: list[Any]) -> int:
+        keys.extend([""] * len(row.nodes) if is_array else row.names)
         values.extend(row.nodes)
         if row.placed is not None:
             self.placed[id(row.nodes[0])] = len(row.nodes), *row.placed

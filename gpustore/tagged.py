@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import struct
-from typing import Any, NamedTuple
+from typing import Any
 
-from gpustore import rows
 from gpustore.digest import DIGEST_NBYTES
 from gpustore.encoder import int64
 from gpustore.errors import FormatError
@@ -20,13 +19,13 @@ from gpustore.layout import (
     DETACHED_TAIL,
     DIGEST_ELEMENT,
     INT32,
-    INT64,
     PAGE_NBYTES,
     PLACE_ELEMENT,
     STAMP,
     STRUCT_HEAD,
     Slot,
 )  # fmt: skip
+from gpustore.likeness import OF_ONE_FILE
 
 FEWEST_NBYTES = 50  # of such a document
 _TYPE_HEAD = b"\x02tag\0\x09\0\0\0datatype\0"
@@ -35,72 +34,6 @@ _PAIR = struct.Struct("<q8xq")  # of a place: its offset and size
 _TYPE_NBYTES = 256  # smaller ones are faster with the codec
 _HEAD_NBYTES, _HEADS = 4096, 256  # of what is kept, and how many
 _KEPT_NBYTES, _STAMP_NBYTES = 1024, 256  # of types and stamps that are kept for other files
-_OF_ONE_FILE = (b"backref", b"offset", b"Main")  # references; how a file spells modules
-
-
-class Like(NamedTuple):
-    """An array document that was read, in whose likeness others of its size are read at once."""
-
-    before: bytes  # all until what differs: the payload, or where it lies
-    after: bytes  # all from there to the digest
-    behind: bytes  # the terminators
-    node: dict[str, Any]
-
-    @classmethod
-    def of(cls, buffer: Any, start: int, end: int, node: dict[str, Any]) -> Like | None:
-        """Return that of a document at `start`; None for one without a digest, or of another kind.
-
-        `node` is the document or a struct of which it is the only field.
-        """
-        inner = rows.array_in(node)
-        if type(inner) is not dict or list(inner)[-2:] != ["data", "blake3"]:
-            return None
-        data = inner["data"]
-        behind = end - (1 if inner is node else 3)
-        stop = behind - DIGEST_NBYTES - len(DIGEST_ELEMENT)
-        if type(data) is dict:
-            stop -= len(DETACHED_TAIL)
-        first = stop - (8 if type(data) is dict else rows.nbytes_of(data))
-        after = bytes(buffer[stop : behind - DIGEST_NBYTES])
-        return cls(bytes(buffer[start:first]), after, bytes(buffer[behind:end]), node)
-
-    def read(self, buffer: Any, start: int, end: int) -> dict[str, Any] | None:
-        """Return the document from `start` to `end`, or None where it is not like this one."""
-        node, first = self.node, start + len(self.before)
-        if buffer[start:first] != self.before:
-            return None
-        inner = node if "size" in node else node["data"][0]
-        behind = end - len(self.behind)
-        stop = behind - DIGEST_NBYTES - len(self.after)
-        rest = bytes(buffer[stop:end])
-        if not (rest.startswith(self.after) and rest.endswith(self.behind)):
-            return None
-        data = inner["data"]
-        if type(data) is bytes:
-            data = bytes(buffer[first:stop])
-        elif type(data) is Slot:
-            data = Slot(first, stop - first)
-        else:
-            data = {**data, "offset": type(data["offset"])(INT64.unpack_from(buffer, first)[0])}
-        digest: Any = rest[len(self.after) : behind - stop]
-        if type(inner["blake3"]) is Slot:
-            digest = Slot(behind - DIGEST_NBYTES, DIGEST_NBYTES)
-        inner = {**inner, "data": data, "blake3": digest}
-        return inner if "size" in node else {**node, "data": [inner]}
-
-
-def keep_like(buffer: Any, start: int, end: int, node: dict[str, Any]) -> None:
-    """Remember a document of a large array for other files, when one of its size is met again."""
-    nbytes = end - start
-    if nbytes not in _met:
-        if len(_met) < _HEADS:
-            _met.add(nbytes)
-        return
-    like = Like.of(buffer, start, end, node) if nbytes not in likes else None
-    if like is None or len(like.before) > 2 * _HEAD_NBYTES or len(likes) >= _HEADS:
-        return
-    if not any(word in like.before for word in _OF_ONE_FILE):
-        likes[nbytes] = like
 
 
 def read(scanner: Any, start: int, end: int, depth: int) -> dict[str, Any] | None:
@@ -239,7 +172,7 @@ def _kind(scanner: Any, start: int, stop: int) -> Any:
     kind = scanner.decode_whole(start, stop, False)
     names = kind.get("name")
     is_short = len(octets) <= _KEPT_NBYTES and len(_kept) < _HEADS
-    if is_short and kind.get("params") and not any(word in octets for word in _OF_ONE_FILE):
+    if is_short and kind.get("params") and not any(word in octets for word in OF_ONE_FILE):
         kind = _kept.setdefault(octets, kind)  # another thread may have been first
         lifted.setdefault(id(kind), None)
     if type(names) is not list or kind != {"tag": "datatype", "name": names, "params": []}:
@@ -267,8 +200,6 @@ def keep_stamp(element: bytes, node: Any) -> None:
         _stamps[before] = node
 
 
-likes: dict[int, Like] = {}  # of all files: large arrays, by the nbytes of their documents
-_met: set[int] = set()
 _stamps: dict[bytes, dict[str, Any]] = {}  # of all files
 # of all files: names of types, whole types, and by the ids of these what they are lifted to
 _plain: dict[bytes, tuple[str, ...]] = {}

@@ -24,6 +24,7 @@ ORDER = [
     "layout",
     "rows",
     "encoder",
+    "likeness",
     "tagged",
     "scanner",
     "document",
