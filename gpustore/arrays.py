@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,17 +81,29 @@ def _original(lowerer: Any, container: Any, key: Any, value: Any, twin: Any) -> 
     lowerer.place(container, key, value, bare)
 
 
-def alike(values: list[Any]) -> Iterator[tuple[int, int]]:
-    """Yield where rows of NumPy arrays of one dtype and shape begin and end."""
+def runs(values: list[Any]) -> Iterator[tuple[int, int]]:
+    """Yield where NumPy arrays begin and end that follow one another, FEWEST or more."""
     if len(values) < rows.FEWEST:
         return
-    kinds = [(one.dtype, one.shape) if type(one) is np.ndarray else None for one in values]
     start = 0
-    for kind, members in itertools.groupby(kinds):
+    for kind, members in itertools.groupby(map(type, values)):
         stop = start + sum(1 for _ in members)
-        if kind is not None and stop - start >= rows.FEWEST:
+        if kind is np.ndarray and stop - start >= rows.FEWEST:
             yield start, stop
         start = stop
+
+
+def lower_run(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> Iterator[int]:
+    """Lower NumPy arrays of which others have dtype and shape; yield the indices of the rest."""
+    if type(node) is dict:
+        node.update(dict.fromkeys(keys))  # in this order
+    groups: defaultdict[Any, list[int]] = defaultdict(list)
+    for index, array in enumerate(arrays):
+        groups[array.dtype, array.shape].append(index)
+    for group in groups.values():
+        members = [keys[index] for index in group], [arrays[index] for index in group]
+        if len(group) < rows.FEWEST or not lower_row(lowerer, node, *members):
+            yield from group
 
 
 def lower_row(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> bool:
@@ -122,10 +135,8 @@ def lower_row(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> bo
     if not is_column_major:
         outer = lowerer.type(_row_major_type(array_type(first)))
         nodes = [{"tag": "struct", "type": outer, "data": [inner]} for inner in nodes]
-    if type(node) is dict:
-        node.update(zip(keys, nodes, strict=True))
-    else:
-        node[keys[0] : keys[-1] + 1] = nodes
+    for key, made in zip(keys, nodes, strict=True):
+        node[key] = made
     lowerer.places.update(zip(ids, zip(itertools.repeat(node), keys, arrays), strict=True))
     return True
 

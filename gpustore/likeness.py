@@ -15,13 +15,16 @@ import numpy as np
 
 from gpustore import rows
 from gpustore.digest import DIGEST_NBYTES, contents
+from gpustore.encoder import int64
 from gpustore.layout import (
+    DATA_ELEMENT,
     DETACHED_TAIL,
     DIGEST_ELEMENT,
     INT32,
     INT64,
     MAX_NAME_NBYTES,
     PAGE_NBYTES,
+    PLACE_ELEMENT,
     Slot,
 )
 
@@ -52,17 +55,24 @@ class Like(NamedTuple):
             return None
         data, placed_nbytes = inner["data"], None
         if type(data) is dict:
-            placed_nbytes = int(data["nbytes"])
-            if not 0 <= placed_nbytes < _FARTHEST:
+            placed_nbytes = data.get("nbytes")
+            if type(placed_nbytes) is not int64() or not 0 <= placed_nbytes < _FARTHEST:
                 return None
-        behind = end - (1 if inner is node else 3)
-        stop = behind - DIGEST_NBYTES - len(DIGEST_ELEMENT)
-        if type(data) is dict:
-            stop -= len(DETACHED_TAIL)
-        first = stop - (8 if type(data) is dict else rows.nbytes_of(data))
-        after = bytes(buffer[stop : behind - DIGEST_NBYTES])
-        before, terminators = bytes(buffer[start:first]), bytes(buffer[behind:end])
-        return cls(before, after, terminators, node, placed_nbytes)
+            varied_nbytes, opened = 8, PLACE_ELEMENT
+            closed = DETACHED_TAIL[:8] + INT64.pack(placed_nbytes) + b"\0"
+        elif type(data) is bytes or type(data) is Slot:
+            varied_nbytes, closed = rows.nbytes_of(data), b""
+            opened = DATA_ELEMENT + INT32.pack(varied_nbytes) + b"\0"
+        else:
+            return None
+        after, behind = closed + DIGEST_ELEMENT, bytes(1 if inner is node else 3)
+        digest = end - len(behind) - DIGEST_NBYTES
+        first = digest - len(after) - varied_nbytes
+        before = bytes(buffer[start : max(first, start)])
+        is_usual = buffer[first + varied_nbytes : digest] == after and before.endswith(opened)
+        if not is_usual or buffer[end - len(behind) : end] != behind:
+            return None
+        return cls(before, after, behind, node, placed_nbytes)
 
     @property
     def inner(self) -> dict[str, Any]:

@@ -171,11 +171,13 @@ class Lowerer:
     ) -> None:
         """Lower each value into node[key]; rows of small arrays alike at once."""
         done = 0
-        for start, stop in arrays.alike(values):
+        for start, stop in arrays.runs(values):
             for key, value in zip(keys[done:start], values[done:start], strict=True):
                 self.put(node, key, value, path_of(key))
-            is_lowered = arrays.lower_row(self, node, keys[start:stop], values[start:stop])
-            done = stop if is_lowered else start
+            own = keys[start:stop], values[start:stop]
+            for index in sorted(arrays.lower_run(self, node, *own)):
+                self.put(node, own[0][index], own[1][index], path_of(own[0][index]))
+            done = stop
         for key, value in zip(keys[done:], values[done:], strict=True):
             self.put(node, key, value, path_of(key))
 
