@@ -16,6 +16,8 @@ from gpustore import rows, twins
 from gpustore.document import Payload
 from gpustore.dtypes import element_type_of
 from gpustore.julia import PERMUTED, JuliaType, Struct, is_of_both_orders
+from gpustore.layout import SMALL_NBYTES
+from gpustore.small import Alike, SmallArray
 from gpustore.typeof import array_type, numpy_dtype
 from gpustore.values import Origin, origin_of
 
@@ -38,7 +40,14 @@ def lower(lowerer: Any, container: Any, key: Any, value: Any, path: str) -> None
         return
     flags = getattr(value, "flags", None)
     is_column_major = getattr(flags, "f_contiguous", False) or is_of_both_orders(value.shape)
-    if is_column_major or id(value) in lowerer.column_major:
+    is_column_major = is_column_major or id(value) in lowerer.column_major
+    if is_plain and value.nbytes <= SMALL_NBYTES and known[1] is None:
+        order = "F" if is_column_major else "C"
+        content = lowerer.make_payload(value, order)
+        if type(content) is np.ndarray:
+            lowerer.place(container, key, value, SmallArray(alike(lowerer, value, order), content))
+            return
+    if is_column_major:
         container[key] = lowerer.array_node(value, known, value.shape, "F")
         lowerer.places[id(value)] = (container, key, value)
         return
@@ -46,6 +55,20 @@ def lower(lowerer: Any, container: Any, key: Any, value: Any, path: str) -> None
     lowerer.place(
         container, key, value, lowerer.struct(_row_major_type(array_type(value)), [parent])
     )
+
+
+def alike(lowerer: Any, value: Any, order: str) -> Alike:
+    """Return what documents of NumPy arrays of one dtype, shape and order have in common."""
+    known = value.dtype, value.shape, order
+    found: Alike | None = lowerer.alikes.get(known)
+    if found is None:
+        element_type, _ = element_type_of(value.dtype) or (None, None)
+        shape = value.shape if order == "F" else value.shape[::-1]
+        kind, size = lowerer.head(element_type, value.dtype, shape)
+        is_turned = order == "C"
+        outer = lowerer.type(_row_major_type(array_type(value))) if is_turned else None
+        found = lowerer.alikes[known] = Alike(value.nbytes, kind, size, outer)
+    return found
 
 
 def _not_dense(value: Any) -> str:
@@ -129,16 +152,15 @@ def lower_row(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> bo
         b"".join(contents)
     except TypeError:  # one is not contiguous
         return False
-    shape = first.shape if is_column_major else first.shape[::-1]
-    kind, size = lowerer.head(known[0], first.dtype, shape)
-    nodes = [{"tag": "array", "type": kind, "size": size, "data": one} for one in contents]
-    if not is_column_major:
-        outer = lowerer.type(_row_major_type(array_type(first)))
-        nodes = [{"tag": "struct", "type": outer, "data": [inner]} for inner in nodes]
-    for key, made in zip(keys, nodes, strict=True):
+    own = alike(lowerer, first, order)
+    pairs = zip(itertools.repeat(own), contents)
+    for key, made in zip(keys, map(_small_array, pairs), strict=True):
         node[key] = made
     lowerer.places.update(zip(ids, zip(itertools.repeat(node), keys, arrays), strict=True))
     return True
+
+
+_small_array = functools.partial(tuple.__new__, SmallArray)  # of a pair, faster than its name
 
 
 def _advice(dtype: np.dtype[Any]) -> str:

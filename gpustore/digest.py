@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,9 @@ def blake3_digest(buffer: Any, *, threads: int | None = None) -> bytes:
     return hasher(octets.nbytes, threads=threads).update(octets).digest()
 
 
-def digests(rows: Any) -> list[bytes]:
-    """Return the digest of each row of a matrix of bytes."""
-    return [hashed.digest() for hashed in map(blake3, contents(rows))]
+def digests(octets: Iterable[bytes]) -> list[bytes]:
+    """Return the digest of each of many small bytes."""
+    return [hashed.digest() for hashed in map(blake3, octets)]
 
 
 def contents(rows: Any) -> list[bytes]:

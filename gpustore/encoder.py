@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpustore import rows
 from gpustore.digest import DIGEST_NBYTES
 from gpustore.errors import UnsupportedValueError
 from gpustore.layout import (
-    ARRAY_HEAD,
-    DATA_ELEMENT,
     DETACHED_TAIL,
     DIGEST_ELEMENT,
     DOUBLE,
@@ -23,19 +20,18 @@ from gpustore.layout import (
     INT64,
     MAX_DEPTH,
     PAGE_ALIGNED_NBYTES,
-    PLACE_ELEMENT,
-    STRUCT_HEAD,
     Encoded,
     Payload,
     Place,
     Plan,
     TooLong,
 )  # fmt: skip
+from gpustore.small import Batch, SmallArray
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_ROW = 8  # elements from this number on are looked at for rows
+_MANY = 8  # elements
 
 
 class Encoder:
@@ -48,7 +44,8 @@ class Encoder:
         self.structures = [self.segment]
         self.payloads: list[Payload] = []
         self.depth = 0  # of documents that are being encoded
-        self.likes: dict[tuple[int, int, int], tuple[bytes, bytes, bytes, int]] = {}
+        self.batch: Batch | None = None  # of small arrays, which begins at `begun` in the file
+        self.begun = 0
 
     def enter(self, levels: int = 1) -> None:
         """Count levels of documents; refuse more than can be read."""
@@ -66,7 +63,7 @@ class Encoder:
         self.enter()
         segment, start, position = self.segment, len(self.segment), self.position()
         segment += b"\0\0\0\0"
-        if len(value) >= _ROW:
+        if len(value) >= _MANY:
             self.elements(_cstrings(list(value)), list(value.values()))
         else:
             for key, child in value.items():
@@ -81,7 +78,7 @@ class Encoder:
         self.enter()
         segment, start, position = self.segment, len(self.segment), self.position()
         segment += b"\0\0\0\0"
-        if len(values) >= _ROW:
+        if len(values) >= _MANY:
             self.elements([b"%d\0" % index for index in range(len(values))], values)
         else:
             for index, child in enumerate(values):
@@ -91,21 +88,15 @@ class Encoder:
         self.depth -= 1
 
     def elements(self, keys: list[bytes], nodes: list[Any]) -> None:
-        """Encode many elements, small arrays alike with names of one length as rows."""
-        done = 0
-        for start, stop in rows.shared(nodes):
-            lengths = itertools.pairwise(map(len, keys[start:stop]))
-            edges = [start, *(i for i, (a, b) in enumerate(lengths, start + 1) if a != b)]
-            for first, last in itertools.pairwise([*edges, stop]):
-                # the first one is encoded by itself: its padding may differ
-                if last - first <= _ROW or not rows.is_small(nodes[first:last]):
-                    continue
-                for index in range(done, first + 1):
+        first = 0
+        for kind, members in itertools.groupby(map(type, nodes)):
+            last = first + len(list(members))
+            if kind is SmallArray:
+                self.small_arrays(keys[first:last], nodes[first:last])
+            else:
+                for index in range(first, last):
                     self.element(keys[index], nodes[index])
-                self.row(keys[first + 1 : last], nodes[first + 1 : last])
-                done = last
-        for index in range(done, len(nodes)):
-            self.element(keys[index], nodes[index])
+            first = last
 
     def trailer(self, value: dict[str, Any]) -> None:
         self.segment += b"\x03_gpustore\0"
@@ -131,6 +122,7 @@ class Encoder:
 
     def payload(self, key: bytes, value: Payload) -> None:
         """Pad, write the binary's header, cut the segment, and leave room for the digest."""
+        self.close()
         alignment = 64 if value.nbytes < PAGE_ALIGNED_NBYTES else 4096
         if value.is_bare:
             alignment = 1
@@ -149,73 +141,40 @@ class Encoder:
         self.segment = bytearray(after)
         self.structures.append(self.segment)
 
-    def small_array(self, key: bytes, node: dict[str, Any], inner: dict[str, Any]) -> None:
-        """Encode the document of a small array, or of the struct around it, as `element` would.
+    def small_arrays(self, keys: list[bytes], values: list[SmallArray]) -> None:
+        """Encode arrays into the batch, to which all belongs until the next large one."""
+        befores: list[bytes | bytearray] = []
+        position, behind, last = self.position(), b"", None
+        for key, (alike, _) in zip(keys, values, strict=True):
+            if last != (last := (alike, len(key), position % 64)):
+                self.enter(alike.levels)
+                self.depth -= alike.levels
+                before = alike.inline(key, position)
+                nbytes = 1 + len(key) + len(before) + alike.nbytes + alike.behind_nbytes
+            befores.append(behind + b"\x03" + key + before)
+            position += nbytes
+            behind = alike.behind
+        segment = self.segment
+        segment += befores[0]
+        if self.batch is None:
+            self.batch, self.begun = Batch(), self.position()
+            befores[0] = b""  # it is in `structures`
+        else:
+            befores[0] = segment  # in which lengths are set later
+        self.batch.befores += befores
+        self.batch.arrays += [content for _, content in values]
+        self.base, self.segment = position - len(behind), bytearray(behind)
 
-        What is the same for arrays of one type and size is joined once.
-        """
-        outer, head, behind = self.like(node, inner)
-        content = inner["data"]
-        nbytes, open_nbytes = content.nbytes, len(outer) + 11 if outer else 0
-        padding_at = self.position() + 1 + len(key) + open_nbytes + 4 + len(head)
-        padding = b""
-        if (padding_at + len(DATA_ELEMENT) + 5) % 64:
-            padding = _PADDINGS[-(padding_at + 8 + len(DATA_ELEMENT) + 5) % 64]
-        inner_nbytes = 4 + len(head) + len(padding) + len(DATA_ELEMENT) + 5 + nbytes
-        inner_nbytes += len(DIGEST_ELEMENT) + DIGEST_NBYTES + 1
-        self.segment += _opened(key, outer, inner_nbytes) + head + padding
-        self.segment += DATA_ELEMENT + INT32.pack(nbytes) + b"\0"
-        self.base = self.position() + nbytes
-        self.payloads.append(_small(content))
-        self.segment = bytearray(behind)
-        self.structures.append(self.segment)
-
-    def like(self, node: dict[str, Any], inner: dict[str, Any]) -> tuple[bytes, bytes, bytes]:
-        """Return what is the same for arrays of one type and size, before and behind their data.
-
-        That of the struct around them comes first. All are held by the document that is encoded.
-        """
-        key = id(node["type"]), id(inner["type"]), id(inner["size"])
-        found = self.likes.get(key)
-        if found is None:
-            kind, size = inner["type"], inner["size"]
-            head = ARRAY_HEAD + kind.bson + b"\x04size\0" + size.bson
-            outer, behind = b"", DIGEST_ELEMENT + bytes(DIGEST_NBYTES) + b"\0"
-            levels = 1 + max(kind.depth, size.depth)
-            if inner is not node:
-                outer = STRUCT_HEAD + node["type"].bson + b"\x04data\0"
-                behind += b"\0\0"
-                levels = 1 + max(node["type"].depth, 1 + levels)
-            found = self.likes[key] = outer, head, behind, levels
-        self.enter(found[3])
-        self.depth -= found[3]
-        return found[:3]
-
-    def row(self, keys: list[bytes], nodes: list[Any]) -> None:
-        """Encode a row as one payload, made piece by piece when it is written."""
-        contents = [rows.array_in(node)["data"] for node in nodes]
-        like = Encoder()
-        like.base = self.position()
-        like.element(keys[0], nodes[0])
-        before, after = like.structures
-        start, stop = len(before), len(before) + contents[0].nbytes
-        template = before + bytes(contents[0].nbytes) + after
-
-        def pieces() -> Iterator[tuple[Any, Any]]:
-            for part in rows.parts(len(keys), len(template)):
-                payloads = rows.stacked(contents[part])
-                matrix = rows.filled(template, keys[part], payloads, stop + len(DIGEST_ELEMENT))
-                matrix[:, start:stop] = payloads
-                structure = np.concatenate((matrix[:, :start], matrix[:, stop:]), axis=1)
-                yield matrix.reshape(-1), structure.reshape(-1)
-
-        nbytes = len(keys) * len(template)
-        self.base = self.position() + nbytes
-        self.payloads.append(Payload(nbytes, None, True, make_row=pieces))
-        self.segment = bytearray()
-        self.structures.append(self.segment)
+    def close(self) -> None:
+        """Let the batch end before the segment."""
+        if self.batch is not None:
+            nbytes = self.base - self.begun
+            self.payloads.append(Payload(nbytes, None, True, make_row=self.batch.inline))
+            self.structures.append(self.segment)
+            self.batch = None
 
     def finish(self) -> Plan:
+        self.close()
         return Plan(self.structures, self.payloads, self.position())
 
 
@@ -224,64 +183,48 @@ class DetachedEncoder(Encoder):
 
     def __init__(self) -> None:
         super().__init__()
-        # where in the document each offset belongs; of a row with the distance of its payloads
-        self.offsets: list[int | tuple[range, int]] = []
+        # where in the document each offset belongs; those of a batch are known to it
+        self.offsets: list[int | Batch] = []
 
     def payload(self, key: bytes, value: Payload) -> None:
         if value.is_bare:
             content = b"".join(bytes(chunk) for chunk in value.chunks())
             _encode_bytes(self, key, content)
             return
+        self.close()
         self.payloads.append(value)
         _encode_dict(self, key, {"offset": int64()(0), "nbytes": int64()(value.nbytes)})
         self.offsets.append(len(self.segment) - len(DETACHED_TAIL) - 8)
         self.segment += DIGEST_ELEMENT + bytes(DIGEST_NBYTES)
 
-    def small_array(self, key: bytes, node: dict[str, Any], inner: dict[str, Any]) -> None:
-        outer, head, behind = self.like(node, inner)
-        content = inner["data"]
-        place = PLACE_ELEMENT + bytes(8) + DETACHED_TAIL[:8] + INT64.pack(content.nbytes) + b"\0"
-        inner_nbytes = 4 + len(head) + len(place) + len(DIGEST_ELEMENT) + DIGEST_NBYTES + 1
-        self.segment += _opened(key, outer, inner_nbytes) + head + place + behind
-        self.offsets.append(len(self.segment) - len(behind) - len(DETACHED_TAIL) - 8)
-        self.payloads.append(_small(content))
+    def small_arrays(self, keys: list[bytes], values: list[SmallArray]) -> None:
+        segment, last = self.segment, None
+        self.batch = self.batch or Batch()
+        for key, (alike, content) in zip(keys, values, strict=True):
+            if last is not alike:
+                self.enter(alike.levels)
+                self.depth -= alike.levels
+                last, (before, after) = alike, alike.detached()
+            segment += b"\x03" + key + before
+            self.batch.at.append(len(segment))
+            self.batch.arrays.append(content)
+            segment += after
 
-    def row(self, keys: list[bytes], nodes: list[Any]) -> None:
-        """Encode a row; its payloads are one, with zeros between them."""
-        contents = [rows.array_in(node)["data"] for node in nodes]
-        like = DetachedEncoder()
-        like.element(keys[0], nodes[0])
-        (at,) = like.offsets
-        assert isinstance(at, int)
-        count, nbytes, start = len(keys), contents[0].nbytes, len(self.segment) + at
-        pitch, distance = len(like.segment), _aligned(nbytes, 64)
-        for part in rows.parts(count, pitch + nbytes):
-            payloads = rows.stacked(contents[part])
-            matrix = rows.filled(like.segment, keys[part], payloads, _digest_of(at).start)
-            self.segment += matrix.reshape(-1).data
-
-        def pieces() -> Iterator[tuple[Any, Any]]:
-            for part in rows.parts(count, distance):
-                payloads = rows.stacked(contents[part])
-                spaced = np.zeros((len(payloads), distance), np.uint8)
-                spaced[:, :nbytes] = payloads
-                whole = spaced.reshape(-1)
-                if part.stop >= count:
-                    whole = whole[: whole.size - distance + nbytes]
-                yield whole, bytes(whole.size - payloads.size)
-
-        self.offsets.append((range(start, start + count * pitch, pitch), distance))
-        self.payloads.append(Payload((count - 1) * distance + nbytes, None, True, make_row=pieces))
+    def close(self) -> None:
+        if self.batch is not None:
+            self.offsets.append(self.batch)
+            nbytes = self.batch.place()
+            self.payloads.append(Payload(nbytes, None, True, make_row=self.batch.detached))
+            self.batch = None
 
     def finish(self) -> Plan:
         """Place the payloads, in order and aligned, after the document and its padding."""
+        self.close()
         position, places = _aligned(len(self.segment), 4096), []
         for at, payload in zip(self.offsets, self.payloads, strict=True):
-            if isinstance(at, tuple):
-                (within, distance), position = at, _aligned(position, 64)
-                count, pitch = len(within), (within.step,)
-                column: Any = np.ndarray(count, "<i8", self.segment, within.start, pitch)
-                column[:] = position + distance * np.arange(count)
+            if isinstance(at, Batch):
+                position = _aligned(position, 64)
+                at.fill(self.segment, position)
                 places.append(Place(position, None))
             else:
                 alignment = 64 if payload.nbytes < PAGE_ALIGNED_NBYTES else 4096
@@ -349,35 +292,8 @@ def _encode_none(encoder: Encoder, key: bytes, value: None) -> None:
 
 
 def _encode_dict(encoder: Encoder, key: bytes, value: dict[str, Any]) -> None:
-    inner = value if "size" in value else rows.array_in(value)
-    if type(inner) is dict and _is_small_array(value, inner):
-        encoder.small_array(key, value, inner)
-        return
     encoder.segment += b"\x03" + key
     encoder.document(value)
-
-
-def _is_small_array(node: dict[str, Any], inner: dict[str, Any]) -> bool:
-    """Whether this is the document of a small array with nothing unusual about it."""
-    return (
-        len(inner) == 4
-        and type(inner.get("data")) is np.ndarray
-        and type(inner.get("type")) is Encoded
-        and type(inner.get("size")) is Encoded
-        and inner["tag"] == "array"
-        and (inner is node or (len(node) == 3 and type(node.get("type")) is Encoded))
-    )
-
-
-def _opened(key: bytes, outer: bytes, nbytes: int) -> bytes:
-    """Return what is before the head of an array of `nbytes`, and the struct around it if any."""
-    if not outer:
-        return b"\x03" + key + INT32.pack(nbytes)
-    before = INT32.pack(4 + len(outer) + nbytes + 9), outer, INT32.pack(nbytes + 8)
-    return b"".join((b"\x03", key, *before, b"\x030\0", INT32.pack(nbytes)))
-
-
-_PADDINGS = [b"\x05_\0" + INT32.pack(n) + b"\0" + bytes(n) for n in range(64)]
 
 
 def _small(content: NDArray[Any]) -> Payload:
@@ -405,6 +321,7 @@ _ENCODERS: dict[type, Callable[[Encoder, bytes, Any], None]] = {
     dict: _encode_dict,
     list: _encode_list,
     Payload: lambda encoder, key, value: encoder.payload(key, value),
+    SmallArray: lambda encoder, key, value: encoder.small_arrays([key], [value]),
     np.ndarray: lambda encoder, key, value: encoder.payload(key, _small(value)),
     Encoded: _encode_encoded,
 }

@@ -30,7 +30,7 @@ from gpustore.layout import (
 
 OF_ONE_FILE = (b"backref", b"offset", b"Main")  # references; how a file spells modules
 _HEAD_NBYTES, _LIKES = 8192, 256  # of what is kept for other files, and how many
-FEW = 24  # elements that are looked at for others alike, before more are
+FEW, MANY = 24, 4096  # elements that are looked at for others alike: at first, at most
 _SHAPES = 8  # of documents of one size, that are remembered
 _FARTHEST = 2**61  # of places: sums stay numbers of 64 bits
 
@@ -152,10 +152,11 @@ def _column(buffer: Any, starts: Any, columns: slice, like: Any) -> Any:
 class Likes:
     """Documents of one size that were read, each a Like once another of the size is met."""
 
-    __slots__ = ("_last", "known")
+    __slots__ = ("_last", "_left", "known")
 
     def __init__(self) -> None:
         self.known: list[Like] = []
+        self._left = _SHAPES  # that are looked at yet
         self._last: tuple[int, int, dict[str, Any]] | None = None
 
     def read(self, buffer: Any, start: int, end: int) -> dict[str, Any] | None:
@@ -163,6 +164,7 @@ class Likes:
         if self._last is not None:
             like = Like.of(buffer, *self._last)
             self._last = None
+            self._left -= 1
             if like is not None:
                 self.known.append(like)
         for like in self.known:
@@ -173,7 +175,7 @@ class Likes:
 
     def add(self, start: int, end: int, node: dict[str, Any]) -> None:
         """Take in a document that was read plainly."""
-        if len(self.known) < _SHAPES:
+        if self._left > 0:
             self._last = start, end, node
 
 
@@ -203,7 +205,7 @@ def read_run(
         edges.append(position)
     if len(names) < rows.FEWEST:
         return rows.Row([], [], position, None)
-    found = _Found(buffer, np.array(starts))
+    found = _Found(buffer, np.array(starts, np.int64))
     for nbytes, indices in members.items():
         found.match(likes[nbytes].known, nbytes, np.array(indices))
     placed = found.place()
@@ -221,7 +223,7 @@ class _Found:
 
     def __init__(self, buffer: Any, starts: Any) -> None:
         self.buffer, self.starts, self.count = buffer, starts, len(starts)
-        self.sizes = np.full(self.count, -1)  # of the payloads of detached documents
+        self.sizes = np.full(self.count, -1, np.int64)  # of the payloads of detached documents
         self.groups: list[tuple[Like, int, Any]] = []  # what they are like, nbytes, which
 
     def match(self, likes: list[Like], nbytes: int, indices: Any) -> None:
@@ -242,7 +244,7 @@ class _Found:
         are_placed = sizes >= 0
         if not are_placed.any():
             return None
-        places = np.full(len(self.starts), -1)
+        places = np.full(len(self.starts), -1, np.int64)
         for like, _, indices in self.groups:
             if like.placed_nbytes is not None:
                 places[indices] = like.places(self.buffer, self.starts[indices])

@@ -24,6 +24,7 @@ from gpustore.julia import (
     Struct,
     Symbol,
 )
+from gpustore.small import Alike
 from gpustore.tree import TrackedArray
 from gpustore.typeof import (
     array_type,
@@ -74,6 +75,7 @@ class Lowerer:
         self.functions: dict[str, Encoded] = {}
         self.memories: dict[Any, Any] = {}  # what a tensor lies in -> the first of that
         self.heads: dict[Any, tuple[Encoded, Encoded]] = {}  # dtype and shape -> `type` and `size`
+        self.alikes: dict[Any, Alike] = {}  # by dtype, shape and order
         self.kinds: dict[np.dtype[Any], tuple[JuliaType, str | None]] = {}
         self.int64 = document.int64()
 

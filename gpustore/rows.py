@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpustore.digest import DIGEST_NBYTES, contents, digests
+from gpustore.digest import DIGEST_NBYTES, contents
 from gpustore.layout import (
     DETACHED_TAIL,
     DIGEST_ELEMENT,
@@ -42,47 +42,30 @@ def array_in(node: Any) -> Any:
     return fields[0] if is_wrapped else None
 
 
-def shared(nodes: Collection[Any]) -> Iterator[tuple[int, int]]:
-    """Yield where rows begin and end: nodes that share types and size."""
-    start, size = 0, None
-    kind = outer = None
-    for position, node in enumerate((*nodes, None)):
-        inner = node if type(node) is dict and "size" in node else array_in(node)
-        own = inner.get("size") if type(inner) is dict else None
-        is_of_row = own is not None and own is size and inner.get("type") is kind
-        if not is_of_row or node.get("type") is not outer:
-            if position - start >= FEWEST and size is not None:
-                yield start, position
-            start, size = position, own
-            kind, outer = (None, None) if own is None else (inner.get("type"), node.get("type"))
+def groups(nodes: Iterable[Any]) -> list[tuple[list[Any], list[Any]]]:
+    """Return nodes that share types and size, wherever they are, and the array documents in them.
 
-
-def groups(nodes: Iterable[Any]) -> list[list[Any]]:
-    """Return nodes that share types and size, wherever they are, FEWEST or more in each group.
-
-    Those with padding and those without are not in one group.
+    There are FEWEST or more in each group, either all with padding or all without.
     """
-    found: defaultdict[tuple[int, ...], list[Any]] = defaultdict(list)
-    size = kind = outer = None
-    group: list[Any] = []
-    length = 0
+    found: defaultdict[tuple[int, ...], tuple[list[Any], list[Any]]]
+    found = defaultdict(lambda: ([], []))
+    own: list[Any] = []
+    inners: list[Any] = []
+    size = kind = outer = length = None
     for node in nodes:
         if type(node) is not dict:
             continue
         inner = node if "size" in node else array_in(node)
         if type(inner) is not dict or "size" not in inner:
             continue
-        is_of_last = inner["size"] is size and inner.get("type") is kind
-        if not is_of_last or node.get("type") is not outer or len(inner) != length:
-            size, kind, outer, length = (
-                inner["size"],
-                inner.get("type"),
-                node.get("type"),
-                len(inner),
-            )
-            group = found[id(size), id(kind), id(outer), length]
-        group.append(node)
-    return [group for group in found.values() if len(group) >= FEWEST]
+        is_of_last = inner["size"] is size and inner.get("type") is kind and len(inner) == length
+        if not is_of_last or node.get("type") is not outer:
+            size, kind, outer = inner["size"], inner.get("type"), node.get("type")
+            length = len(inner)
+            own, inners = found[id(size), id(kind), id(outer), length]
+        own.append(node)
+        inners.append(inner)
+    return [group for group in found.values() if len(group[0]) >= FEWEST]
 
 
 class Row(NamedTuple):
@@ -209,36 +192,3 @@ def _column(matrix: Any, offsets: range, at: int, like: Any) -> list[Any]:
 
 def nbytes_of(binary: Any) -> int:
     return binary.nbytes if type(binary) is Slot else len(binary)
-
-
-def is_small(nodes: list[dict[str, Any]]) -> bool:
-    """Whether nodes that share types and size have nothing else than a small payload."""
-    inner = map(array_in, nodes) if "size" not in nodes[0] else nodes
-    payloads: list[Any] = [node.get("data") for node in inner if len(node) == 4]
-    if len(payloads) < len(nodes) or {*map(type, payloads)} != {np.ndarray}:
-        return False
-    return len({payload.nbytes for payload in payloads}) == 1
-
-
-def parts(count: int, pitch: int) -> Iterator[slice]:
-    """Yield slices of a row of which each makes about ROW_NBYTES."""
-    step = max(ROW_NBYTES // pitch, 1)
-    for start in range(0, count, step):
-        yield slice(start, start + step)
-
-
-def stacked(contents: list[Any]) -> Any:
-    """Return buffers of one size as the rows of a matrix of bytes."""
-    return np.frombuffer(b"".join(contents), np.uint8).reshape(len(contents), -1)
-
-
-def filled(template: Any, names: list[bytes], payloads: Any, digest: int) -> Any:
-    """Return the matrix of elements made of the `template`: each with its name and its digest.
-
-    The digests of the rows of `payloads` begin at byte `digest` of each.
-    """
-    matrix = np.empty((len(names), len(template)), np.uint8)
-    matrix[:] = np.frombuffer(template, np.uint8)
-    matrix[:, 1 : 1 + len(names[0])] = stacked(names)
-    matrix[:, digest : digest + DIGEST_NBYTES] = stacked(digests(payloads))
-    return matrix

@@ -18,6 +18,7 @@ from gpustore.julia import JuliaType, Struct
 from gpustore.layout import STAMP
 from gpustore.lower import Lowerer
 from gpustore.output import Progress, write_plan
+from gpustore.small import SmallArray
 from gpustore.typeof import numpy_dtype, remembering
 from gpustore.values import Entries
 from gpustore.version import __version__
@@ -196,6 +197,8 @@ def _lower_root(lowerer: Lowerer, root: Any) -> dict[str, Any]:
         holder: dict[str, Any] = {}
         lowerer.put(holder, "value", root, "value")
         node = holder["value"]
+        if type(node) is SmallArray:
+            node = node.document()
         if type(node) is not dict or node.get("tag", "backref") == "backref":
             some = JuliaType.named("Base.Some", JuliaType.named("Core.Any"))
             node = lowerer.struct(some, [node]) | {"python": "value"}

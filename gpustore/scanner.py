@@ -148,10 +148,9 @@ class Scanner:
         keys: list[str] = []
         values: list[Any] = []
         run = position  # where a row of small documents begins; none where it is `position`
-        most, looked_at = (
-            likeness.FEW,
-            position,
-        )  # of elements alike, and until where they were looked for
+        is_alike = False  # whether the last element was read in the likeness of another
+        # how many elements to look at for others alike, and until where that was done
+        most, looked_at = likeness.FEW, position
         while True:
             self.need(position, 1, limit)
             kind = self.buffer[position]
@@ -163,10 +162,11 @@ class Scanner:
                     place = position, name_end, limit, pitch
                     position = run = self.row(*place, depth, is_array, keys, values)
                     continue
-                is_long = limit - position > likeness.FEW * tagged.FEWEST_NBYTES
-                if is_long and position >= looked_at and depth < MAX_DEPTH - 2:
+                is_long = is_alike and limit - position > likeness.FEW * tagged.FEWEST_NBYTES
+                if is_long and position >= looked_at:
                     alike = likeness.read_run(self.buffer, position, limit, self.likes, most)
-                    looked_at, most = alike.end, 4 * most if alike.nodes else likeness.FEW
+                    looked_at = alike.end
+                    most = min(4 * most, likeness.MANY) if alike.nodes else likeness.FEW
                     if alike.nodes:
                         self.decode_run(run, position, is_array, keys, values)
                         position = run = self.add(alike, is_array, keys, values)
@@ -177,7 +177,8 @@ class Scanner:
                         self.decode_run(run, position, is_array, keys, values)
                     keys.append("" if is_array else self.text(position + 1, name_end))
                     values.append(found[0])
-                    position = run = found[1]
+                    _, position, is_alike = found
+                    run = position
                     continue
             end = self.end_of_small(kind, name_end + 1, limit)
             if end is not None and end - run < ROW_NBYTES:
@@ -194,11 +195,14 @@ class Scanner:
             values.append(value)
             run = position
 
-    def tagged_at(self, start: int, limit: int, depth: int) -> tuple[dict[str, Any], int] | None:
+    def tagged_at(
+        self, start: int, limit: int, depth: int
+    ) -> tuple[dict[str, Any], int, bool] | None:
         """Return the document of an array, a struct or a type, and the offset after it.
 
-        None for anything else, and where it is for the plain way to say what is wrong. Types and
-        sizes that are alike are decoded once, and shared.
+        The last is whether it was read in the likeness of another. None for anything else, and
+        where it is for the plain way to say what is wrong. Types and sizes that are alike are
+        decoded once, and shared.
         """
         if limit - start < tagged.FEWEST_NBYTES or depth > MAX_DEPTH - 2:
             return None
@@ -210,6 +214,7 @@ class Scanner:
         if likes is None and is_of_any_file:
             likes = likeness.likes.get(nbytes)
         node = None if likes is None else likes.read(self.buffer, start, end)
+        is_alike = node is not None
         if node is None:
             node = tagged.read(self, start, end, depth)
             if node is None:
@@ -218,7 +223,7 @@ class Scanner:
                 self.likes.setdefault(nbytes, likeness.Likes()).add(start, end, node)
             if is_of_any_file:
                 likeness.keep_like(self.buffer, start, end, node)
-        return node, end
+        return node, end, is_alike
 
     def row(
         self, position: int, name_end: int, limit: int, pitch: int, depth: int, is_array: bool,
@@ -227,7 +232,7 @@ class Scanner:
         """Read a row of array documents alike, or its first one; return the offset after it."""
         start = name_end + 1
         found = self.tagged_at(start, limit, depth + 1)
-        first, end = found or self.document(start, limit, depth + 1)
+        first, end = found[:2] if found else self.document(start, limit, depth + 1)
         assert isinstance(first, dict)
         row = rows.read(self.buffer, position, name_end, limit, pitch, first)
         if row is None:

@@ -42,8 +42,8 @@ def lift_rows(lifter: Any, nodes: Collection[Any]) -> None:
     """Lift arrays that were read as a row into the memo, without making a spec for each."""
     if lifter.make_row is None or len(nodes) < rows.FEWEST:
         return
-    for row in rows.groups(nodes):
-        inner, spec = [*map(rows.array_in, row)], None
+    for row, inner in rows.groups(nodes):
+        spec = None
         with contextlib.suppress(FormatError):  # it is raised again where its path is known
             array_spec(lifter, inner[0], "")
             spec = quick_spec(lifter, inner[0])

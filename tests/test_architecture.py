@@ -23,6 +23,7 @@ ORDER = [
     "kernels",
     "layout",
     "rows",
+    "small",
     "encoder",
     "likeness",
     "tagged",

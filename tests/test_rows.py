@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpustore as gs
-from gpustore import document, encoder, likeness, rows, scanner, tagged
+from gpustore import arrays, document, encoder, likeness, rows, scanner, tagged
 from gpustore.document import Slot
 from gpustore.errors import GpustoreError
 from gpustore.julia import JuliaType, Struct
@@ -38,13 +38,20 @@ def _documents_are_not_decoded_whole():
         yield
 
 
+def one_by_one(self, keys, values):
+    for key, value in zip(keys, values, strict=True):
+        self.element(key, value.document())
+
+
 def plainly(monkeypatch):
     """Read and write every element by itself, with nothing known of others alike."""
     monkeypatch.setattr(rows, "pitch_at", lambda *position: None)
-    monkeypatch.setattr(rows, "shared", lambda nodes: iter(()))
+    monkeypatch.setattr(rows, "groups", lambda nodes: [])
     monkeypatch.setattr(scanner.Scanner, "tagged_at", lambda *position: None)
     monkeypatch.setattr(tagged, "stamp", lambda element: None)
-    monkeypatch.setattr(encoder, "_is_small_array", lambda *nodes: False)
+    for kind in (encoder.Encoder, encoder.DetachedEncoder):
+        monkeypatch.setattr(kind, "small_arrays", one_by_one)
+    monkeypatch.setattr(arrays, "lower_row", lambda *row: False)
 
 
 @st.composite
@@ -292,6 +299,7 @@ def test_each_bit_of_a_large_array_gives_what_it_would_without_others_like_it(
 ):
     """A large array is read in the likeness of another file's: whatever differs, as without."""
     monkeypatch.setattr(likeness, "likes", {})
+    monkeypatch.setattr(likeness, "_met", set())
     gs.save(tmp_path / "a", w=array, durable=False)
     octets = (tmp_path / "a").read_bytes()
 
@@ -314,6 +322,7 @@ def test_large_arrays_of_other_files_are_remembered_only_where_they_say_nothing_
 ):
     monkeypatch.setattr(document, "SLOT_NBYTES", scanner.SLOT_NBYTES)
     monkeypatch.setattr(likeness, "likes", {})
+    monkeypatch.setattr(likeness, "_met", set())
     spelled, large = JuliaType.named("Main.Base.Held"), np.ones((90, 400))
     for number in range(4):
         gs.save(tmp_path / "a", {"s": Struct(spelled, [large.T]), "w": large * number})

@@ -1,0 +1,155 @@
+"""Small arrays, many of which are written at once: what those alike have in common is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain, repeat
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpustore.digest import DIGEST_NBYTES, digests
+from gpustore.layout import (
+    ARRAY_HEAD,
+    DATA_ELEMENT,
+    DETACHED_TAIL,
+    DIGEST_ELEMENT,
+    INT32,
+    INT64,
+    PLACE_ELEMENT,
+    STRUCT_HEAD,
+    Encoded,
+)
+
+_DIGESTED_NBYTES = len(DIGEST_ELEMENT) + DIGEST_NBYTES
+_PADDINGS = [b"\x05_\0" + INT32.pack(n) + b"\0" + bytes(n) for n in range(64)]
+_ZEROS = [bytes(n) for n in range(64)]
+_AT_ONCE = 128  # arrays, of 16 KiB at most
+
+
+class SmallArray(NamedTuple):
+    """The document of a small array, or of a struct around it: a leaf of a neutral document.
+
+    `content` is C-contiguous, with the bytes in the order of the file.
+    """
+
+    alike: Alike
+    content: Any
+
+    def document(self) -> dict[str, Any]:
+        """Return the document that this stands for."""
+        kind, size, outer = self.alike.parts
+        inner = {"tag": "array", "type": kind, "size": size, "data": self.content}
+        return inner if outer is None else {"tag": "struct", "type": outer, "data": [inner]}
+
+
+class Alike:
+    """What the documents of arrays of one type and size have around their payloads.
+
+    `nbytes` are those of each; `outer` is the type of the struct around them, if there is one.
+    """
+
+    def __init__(
+        self, nbytes: int, kind: Encoded, size: Encoded, outer: Encoded | None = None
+    ) -> None:
+        self.nbytes, self.parts = nbytes, (kind, size, outer)
+        self._head = ARRAY_HEAD + kind.bson + b"\x04size\0" + size.bson
+        self._outer, self.behind = b"", b"\0"
+        self.levels = 1 + max(kind.depth, size.depth)
+        if outer is not None:
+            self._outer, self.behind = STRUCT_HEAD + outer.bson + b"\x04data\0", b"\0\0\0"
+            self.levels = 1 + max(outer.depth, 1 + self.levels)
+        self.behind_nbytes = _DIGESTED_NBYTES + len(self.behind)
+        self._inline: dict[tuple[int, int], bytes] = {}
+        self._detached: tuple[bytes, bytes] | None = None
+
+    def inline(self, key: bytes, position: int) -> bytes:
+        """Return what is between the key of an element at `position` and its payload."""
+        form = len(key), position % 64
+        known = self._inline.get(form)
+        if known is None:
+            opened_nbytes = len(self._outer) + 11 if self._outer else 0
+            at = position + 1 + len(key) + opened_nbytes + 4 + len(self._head)
+            data, padding = DATA_ELEMENT + INT32.pack(self.nbytes) + b"\0", b""
+            if (at + len(data)) % 64:
+                padding = _PADDINGS[-(at + 8 + len(data)) % 64]
+            content = self._head + padding + data
+            known = self._inline[form] = self._opened(len(content) + self.nbytes) + content
+        return known
+
+    def detached(self) -> tuple[bytes, bytes]:
+        """Return what is between a key and the offset of a payload, and from there on.
+
+        There are zeros where offset and digest belong.
+        """
+        if self._detached is None:
+            content = self._head + PLACE_ELEMENT
+            tail = bytes(8) + DETACHED_TAIL[:8] + INT64.pack(self.nbytes) + b"\0"
+            before = self._opened(len(content) + len(tail)) + content
+            after = tail + DIGEST_ELEMENT + bytes(DIGEST_NBYTES) + self.behind
+            self._detached = before, after
+        return self._detached
+
+    def _opened(self, nbytes: int) -> bytes:
+        """Return the lengths of documents with `nbytes` before the digest, and the outer one."""
+        nbytes += 4 + _DIGESTED_NBYTES + 1
+        if not self._outer:
+            return INT32.pack(nbytes)
+        whole = INT32.pack(4 + len(self._outer) + nbytes + 9)
+        return whole + self._outer + INT32.pack(nbytes + 8) + b"\x030\0" + INT32.pack(nbytes)
+
+
+class Batch:
+    """Small arrays that are written at once."""
+
+    def __init__(self) -> None:
+        self.arrays: list[Any] = []
+        self.befores: list[bytes | bytearray] = []  # inline: the structure before each
+        self.at: list[int] = []  # detached: where in the document their offsets belong
+        self._places: Any = None  # where they lie among themselves
+
+    def inline(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the bytes from the first payload to the last digest, and the structure in them."""
+        for part, payloads in self._parts():
+            before, after = self.befores[part], (repeat(DIGEST_ELEMENT), digests(payloads))
+            yield _joined(before, payloads, *after), _joined(before, *after)
+
+    def detached(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the payloads, each aligned to 64, and the zeros between them."""
+        for part, payloads in self._parts():
+            gaps = [_ZEROS[-len(payload) % 64] for payload in payloads]
+            if part.stop >= len(self.arrays):
+                gaps[-1] = b""
+            yield _joined(payloads, gaps), b"".join(gaps)
+
+    def place(self) -> int:
+        """Let detached payloads follow one another, aligned to 64; return where they end."""
+        sizes = np.array([array.nbytes for array in self.arrays], np.int64)
+        ends = np.cumsum(sizes + -sizes % 64)
+        self._places = ends - sizes - -sizes % 64
+        return int(self._places[-1] + sizes[-1])
+
+    def fill(self, document: bytearray, position: int) -> None:
+        """Put offsets, counted from `position` of the file on, and digests into the document."""
+        offsets = self._places.astype("<i8") + position
+        own = b"".join(digest for _, payloads in self._parts() for digest in digests(payloads))
+        at = np.array(self.at)
+        _windows(document, 8)[at] = offsets.view(np.uint8).reshape(-1, 8)
+        at += 8 + len(DETACHED_TAIL) + len(DIGEST_ELEMENT)
+        _windows(document, DIGEST_NBYTES)[at] = np.frombuffer(own, np.uint8).reshape(len(at), -1)
+
+    def _parts(self) -> Iterator[tuple[slice, list[bytes]]]:
+        """Yield slices of a few arrays, and the payloads of these."""
+        for start in range(0, len(self.arrays), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            yield part, [array.tobytes() for array in self.arrays[part]]
+
+
+def _joined(*columns: Iterable[bytes | bytearray]) -> bytes:
+    return b"".join(chain.from_iterable(zip(*columns, strict=False)))
+
+
+def _windows(octets: bytearray, nbytes: int) -> Any:
+    """Return the matrix of the `nbytes` from each byte on."""
+    shape = len(octets) - nbytes + 1, nbytes
+    return np.ndarray(shape, np.uint8, octets, 0, (1, 1))
