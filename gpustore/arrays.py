@@ -121,8 +121,12 @@ def lower_run(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> It
     if type(node) is dict:
         node.update(dict.fromkeys(keys))  # in this order
     groups: defaultdict[Any, list[int]] = defaultdict(list)
+    last: Any = None
     for index, array in enumerate(arrays):
-        groups[array.dtype, array.shape].append(index)
+        kind = array.dtype, array.shape
+        if kind != last:
+            last, group = kind, groups[kind]
+        group.append(index)
     for group in groups.values():
         members = [keys[index] for index in group], [arrays[index] for index in group]
         if len(group) < rows.FEWEST or not lower_row(lowerer, node, *members):
@@ -148,9 +152,7 @@ def lower_row(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> bo
         return False
     is_as_stacked = first.ndim == 1 or not is_column_major
     contents = arrays if is_as_stacked else [array.T for array in arrays]
-    try:
-        b"".join(contents)
-    except TypeError:  # one is not contiguous
+    if not all(array.flags.c_contiguous for array in contents):
         return False
     own = alike(lowerer, first, order)
     pairs = zip(itertools.repeat(own), contents)

@@ -1,9 +1,10 @@
 """Bytes <-> neutral document: the layout of a file, with no Julia, no dtypes and no GPU.
 
 A neutral document is what PyMongo's codec gives: dict, list, str, bytes, float, bool, None, `int`
-(BSON int32) and `bson.int64.Int64` (BSON int64). Two kinds of leaf are added. `scan` puts a `Slot`
-in the place of each large binary, so that nothing large is read; `plan` takes a `Payload` in the
-place of bytes that are to be streamed into the file. docs/format.md has the layout.
+(BSON int32) and `bson.int64.Int64` (BSON int64). Leaves are added. `scan` puts a `Slot` in the
+place of each large binary, so that nothing large is read; `plan` takes a `Payload` in the place of
+bytes that are to be streamed into the file, and a `SmallArray` in that of its document.
+docs/format.md has the layout.
 """
 
 from __future__ import annotations

@@ -198,17 +198,20 @@ class DetachedEncoder(Encoder):
         self.segment += DIGEST_ELEMENT + bytes(DIGEST_NBYTES)
 
     def small_arrays(self, keys: list[bytes], values: list[SmallArray]) -> None:
-        segment, last = self.segment, None
+        octets: list[bytes] = []
+        position, last = len(self.segment), None
         self.batch = self.batch or Batch()
-        for key, (alike, content) in zip(keys, values, strict=True):
+        for key, (alike, _) in zip(keys, values, strict=True):
             if last is not alike:
                 self.enter(alike.levels)
                 self.depth -= alike.levels
                 last, (before, after) = alike, alike.detached()
-            segment += b"\x03" + key + before
-            self.batch.at.append(len(segment))
-            self.batch.arrays.append(content)
-            segment += after
+            octets += b"\x03", key, before, after
+            position += 1 + len(key) + len(before)
+            self.batch.at.append(position)
+            position += len(after)
+        self.segment += b"".join(octets)
+        self.batch.arrays += [content for _, content in values]
 
     def close(self) -> None:
         if self.batch is not None:

@@ -25,6 +25,7 @@ from gpustore.layout import (
     MAX_NAME_NBYTES,
     PAGE_NBYTES,
     PLACE_ELEMENT,
+    ROW_NBYTES,
     Slot,
 )
 
@@ -43,6 +44,7 @@ class Like(NamedTuple):
     behind: bytes  # the terminators
     node: dict[str, Any]
     placed_nbytes: int | None  # of a detached payload
+    nbytes: int
 
     @classmethod
     def of(cls, buffer: Any, start: int, end: int, node: dict[str, Any]) -> Like | None:
@@ -72,7 +74,7 @@ class Like(NamedTuple):
         is_usual = buffer[first + varied_nbytes : digest] == after and before.endswith(opened)
         if not is_usual or buffer[end - len(behind) : end] != behind:
             return None
-        return cls(before, after, behind, node, placed_nbytes)
+        return cls(before, after, behind, node, placed_nbytes, end - start)
 
     @property
     def inner(self) -> dict[str, Any]:
@@ -103,26 +105,31 @@ class Like(NamedTuple):
         inner = {**inner, "data": data, "blake3": digest}
         return inner if "size" in self.node else {**self.node, "data": [inner]}
 
-    def are_like(self, buffer: Any, starts: Any, nbytes: int) -> Any:
-        """Return which of the documents of `nbytes` at `starts` are like this one."""
-        stop = nbytes - len(self.behind) - DIGEST_NBYTES - len(self.after)
-        heads = _cut(buffer, starts, slice(0, len(self.before)))
-        tails = _cut(buffer, starts, slice(stop, nbytes))
+    def are_like(self, buffer: Any, starts: Any) -> Any:
+        """Return which of the documents of this size at `starts` are like this one."""
+        varied, _ = self.varied
+        heads = _cut(buffer, starts, slice(0, varied.start))
+        tails = _cut(buffer, starts, slice(varied.stop, self.nbytes))
         are_like: Any = (heads == np.frombuffer(self.before, np.uint8)).all(1)
         are_like &= (tails[:, : len(self.after)] == np.frombuffer(self.after, np.uint8)).all(1)
         are_like &= (tails[:, -len(self.behind) :] == np.frombuffer(self.behind, np.uint8)).all(1)
         return are_like
 
+    @property
+    def varied(self) -> tuple[slice, slice]:
+        """Where in the document the payload is, or the place of it, and where the digest."""
+        digest = self.nbytes - len(self.behind) - DIGEST_NBYTES
+        own = slice(len(self.before), digest - len(self.after))
+        return own, slice(digest, digest + DIGEST_NBYTES)
+
     def places(self, buffer: Any, starts: Any) -> Any:
         """Return the offsets of the payloads of detached documents at `starts`."""
-        first = len(self.before)
-        return _cut(buffer, starts, slice(first, first + 8)).view("<i8").ravel()
+        octets = _cut(buffer, starts, self.varied[0])
+        return np.ascontiguousarray(octets).view("<i8").ravel()
 
-    def nodes(self, buffer: Any, starts: Any, nbytes: int) -> list[dict[str, Any]]:
-        """Return the documents of `nbytes` at `starts`, which are like this one."""
-        inner = self.inner
-        digest = slice(nbytes - len(self.behind) - DIGEST_NBYTES, nbytes - len(self.behind))
-        varied = slice(len(self.before), digest.start - len(self.after))
+    def nodes(self, buffer: Any, starts: Any) -> list[dict[str, Any]]:
+        """Return the documents at `starts`, which are like this one."""
+        inner, (varied, digest) = self.inner, self.varied
         payloads: Any
         if self.placed_nbytes is not None:
             places = self.places(buffer, starts).tolist()
@@ -136,17 +143,66 @@ class Like(NamedTuple):
 
 
 def _cut(buffer: Any, starts: Any, columns: slice) -> Any:
-    """Return these bytes of what begins at each of `starts`, as a matrix."""
+    """Return these bytes of what begins at each of `starts`, as a matrix: a view for a range."""
     nbytes = columns.stop - columns.start
     windows: Any = np.ndarray((len(buffer) - nbytes + 1, nbytes), np.uint8, buffer, 0, (1, 1))
+    if type(starts) is range:
+        first, last = starts[0] + columns.start, starts[-1] + columns.start
+        return windows[first : last + 1 : starts.step]
     return windows[starts + columns.start]
 
 
 def _column(buffer: Any, starts: Any, columns: slice, like: Any) -> Any:
     """Return the binaries of a column: slots where the first one is a slot, else their bytes."""
     if type(like) is Slot:
-        return map(Slot, (starts + columns.start).tolist(), itertools.repeat(like.nbytes))
+        offsets = (np.asarray(starts, np.int64) + columns.start).tolist()
+        return map(Slot, offsets, itertools.repeat(like.nbytes))
     return contents(_cut(buffer, starts, columns))
+
+
+def read_row(
+    buffer: Any, position: int, name_end: int, limit: int, pitch: int, node: dict[str, Any]
+) -> rows.Row | None:
+    """Read the elements at a constant pitch from `position` on, whose first one holds `node`.
+
+    None where there are too few, or where it is for the plain way to say what is wrong.
+    """
+    like = Like.of(buffer, name_end + 1, position + pitch, node)
+    if like is None:
+        return None
+    end = position + min(limit - position, ROW_NBYTES) // pitch * pitch
+    starts = range(name_end + 1, end, pitch)
+    starts = starts[: _count_alike(buffer, starts, pitch, like)]
+    placed = None
+    if len(starts) >= rows.FEWEST and like.placed_nbytes is not None:
+        places = like.places(buffer, starts)
+        starts = starts[: _well_placed(places, like.placed_nbytes)]
+        placed = int(places[0]), int(places[len(starts) - 1]) + like.placed_nbytes
+    if len(starts) < rows.FEWEST:
+        return None
+    try:
+        names = _cut(buffer, starts, slice(position - name_end, 0)).tobytes().decode()
+    except UnicodeDecodeError:
+        return None
+    nodes = like.nodes(buffer, starts)
+    return rows.Row(names.split("\0")[:-1], nodes, position + pitch * len(nodes), placed)
+
+
+def _count_alike(buffer: Any, starts: range, pitch: int, like: Like) -> int:
+    """Return how many documents, from the first one on, are like it, with names of one length.
+
+    They are looked at in ever larger parts, so that a short row costs little.
+    """
+    done, count = 0, rows.FEWEST
+    while done < len(starts):
+        part = starts[done : done + count]
+        heads = _cut(buffer, part, slice(like.nbytes - pitch, 0))
+        are_alike = like.are_like(buffer, part) & (heads[:, 0] == 3) & (heads[:, -1] == 0)
+        are_alike &= (heads[:, 1:-1] != 0).all(1)
+        if not are_alike.all():
+            return done + int(are_alike.argmin())
+        done, count = done + len(part), 4 * count
+    return done
 
 
 class Likes:
@@ -207,7 +263,7 @@ def read_run(
         return rows.Row([], [], position, None)
     found = _Found(buffer, np.array(starts, np.int64))
     for nbytes, indices in members.items():
-        found.match(likes[nbytes].known, nbytes, np.array(indices))
+        found.match(likes[nbytes].known, np.array(indices))
     placed = found.place()
     if found.count < rows.FEWEST:  # soon after a long run there may be another one
         return rows.Row([], [], position if most == FEW else edges[found.count + 1], None)
@@ -224,16 +280,16 @@ class _Found:
     def __init__(self, buffer: Any, starts: Any) -> None:
         self.buffer, self.starts, self.count = buffer, starts, len(starts)
         self.sizes = np.full(self.count, -1, np.int64)  # of the payloads of detached documents
-        self.groups: list[tuple[Like, int, Any]] = []  # what they are like, nbytes, which
+        self.groups: list[tuple[Like, Any]] = []  # what they are like, and which
 
-    def match(self, likes: list[Like], nbytes: int, indices: Any) -> None:
-        """Find what the documents of these indices, all of `nbytes`, are like."""
+    def match(self, likes: list[Like], indices: Any) -> None:
+        """Find what the documents of these indices, all of one size, are like."""
         for like in likes:
-            are_like = like.are_like(self.buffer, self.starts[indices], nbytes)
-            self.groups.append((like, nbytes, indices[are_like]))
+            are_like = like.are_like(self.buffer, self.starts[indices])
+            own, indices = indices[are_like], indices[~are_like]
+            self.groups.append((like, own))
             if like.placed_nbytes is not None:
-                self.sizes[self.groups[-1][2]] = like.placed_nbytes
-            indices = indices[~are_like]
+                self.sizes[own] = like.placed_nbytes
             if indices.size == 0:
                 return
         self.count = min(self.count, int(indices[0]))
@@ -241,23 +297,22 @@ class _Found:
     def place(self) -> tuple[int, int] | None:
         """Return from where to where detached payloads lie; count those that lie well only."""
         sizes = self.sizes[: self.count]
-        are_placed = sizes >= 0
-        if not are_placed.any():
+        if not (sizes >= 0).any():
             return None
         places = np.full(len(self.starts), -1, np.int64)
-        for like, _, indices in self.groups:
+        for like, indices in self.groups:
             if like.placed_nbytes is not None:
                 places[indices] = like.places(self.buffer, self.starts[indices])
-        self.count = min(_well_placed(places[: self.count], sizes), self.count)
+        self.count = _well_placed(places[: self.count], sizes)
         if self.count == 0:
             return None
         return int(places[0]), int(places[self.count - 1] + sizes[self.count - 1])
 
     def nodes(self) -> list[dict[str, Any]]:
         nodes: list[Any] = [None] * self.count
-        for like, nbytes, indices in self.groups:
+        for like, indices in self.groups:
             within = indices[indices < self.count]
-            made = like.nodes(self.buffer, self.starts[within], nbytes)
+            made = like.nodes(self.buffer, self.starts[within])
             for index, node in zip(within.tolist(), made, strict=True):
                 nodes[index] = node
         return nodes

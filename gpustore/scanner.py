@@ -234,7 +234,7 @@ class Scanner:
         found = self.tagged_at(start, limit, depth + 1)
         first, end = found[:2] if found else self.document(start, limit, depth + 1)
         assert isinstance(first, dict)
-        row = rows.read(self.buffer, position, name_end, limit, pitch, first)
+        row = likeness.read_row(self.buffer, position, name_end, limit, pitch, first)
         if row is None:
             keys.append("" if is_array else self.text(position + 1, name_end))
             values.append(first)

@@ -191,13 +191,13 @@ def test_a_row_is_written_and_read_as_one(tmp_path, monkeypatch, shape, order):
     monkeypatch.setattr(gs.arrays, "lower", None)
     gs.save(path, arrays)
     read = []
-    plain = rows.read
+    plain = likeness.read_row
 
     def noted(*arguments):
         read.append(plain(*arguments))
         return read[-1]
 
-    monkeypatch.setattr(rows, "read", noted)
+    monkeypatch.setattr(likeness, "read_row", noted)
     for made, array in zip(gs.load(path), arrays, strict=True):
         assert np.array_equal(made, array) and made.flags.c_contiguous == array.flags.c_contiguous
     assert sum(len(row.names) for row in read if row is not None) >= 70

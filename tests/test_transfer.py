@@ -35,10 +35,11 @@ def test_transposed_in_tiles_as_numpy_does_it(
             payload = transfer.payload_of(array, array.dtype, wanted, transfer.Scratch())
             assert not isinstance(payload, np.ndarray)
             chunks = iter(payload.chunks())
-            octets, last = b"", next(chunks)
+            octets, last = [], next(chunks)
             for chunk in chunks:  # each stays as it is until the next but one is asked for
-                octets, last = octets + bytes(last), chunk
-            assert octets + bytes(last) == of_it.astype(little).tobytes()
+                octets.append(bytes(last))
+                last = chunk
+            assert b"".join([*octets, bytes(last)]) == of_it.astype(little).tobytes()
             assert payload.is_made != (of_it.flags.c_contiguous and array.dtype == little)
 
 
