@@ -68,8 +68,7 @@ class Payload:
         return self.make_chunks()
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(NamedTuple):
     """A subtree that is already encoded: a BSON document, or with `kind` 4 an array.
 
     `depth` is how many levels of documents and arrays it has.
@@ -80,8 +79,7 @@ class Encoded:
     depth: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a detached payload lies in the file, and where in the document its digest belongs.
 
     No digest belongs there for a row of payloads, which have theirs already.
@@ -91,8 +89,7 @@ class Place:
     digest: slice | None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What lies where in a file: structures[0], payloads[0], structures[1], ..., structures[-1].
 
     The digest of payloads[i] belongs at `PAYLOAD_DIGEST` of structures[i + 1], that of all

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpustore import ring, storage
+from gpustore import storage
 from gpustore.digest import blake3_digest, hasher
 from gpustore.layout import PAYLOAD_DIGEST, STRUCTURE_DIGEST, Payload, Plan
 from gpustore.newfile import DIRECT_THREADS, NewFile
@@ -24,6 +24,7 @@ _LARGE_NBYTES = 1024 * 1024  # payloads from this size on are hashed by other th
 _THREADS = 3  # at most: each may hold 8 MiB
 _LAG = 4  # chunks that are written and not hashed yet
 Progress = Callable[[int, int], None]
+Report = Callable[[int], None]
 
 
 def write_plan(
@@ -33,6 +34,8 @@ def write_plan(
     with storage.replacing(path, nbytes=plan.nbytes, durable=durable) as file:
         out = _Output(file, plan.nbytes, progress)
         if any(payload.device_array is not None for payload in plan.payloads):
+            from gpustore import ring  # 4 ms, for arrays of devices only
+
             ring.write_device_arrays(file, plan.payloads, _offsets(plan), out.report)
         _write_side_by_side(file, plan, out.report)
         with _hashing_thread(plan, file) as beside:
@@ -51,7 +54,7 @@ def _offsets(plan: Plan) -> list[int]:
     return offsets
 
 
-def _write_side_by_side(file: NewFile, plan: Plan, report: ring.Report) -> None:
+def _write_side_by_side(file: NewFile, plan: Plan, report: Report) -> None:
     """Have large payloads of the host written and hashed by threads, each by one, before all else.
 
     One that is larger than the others together is left: `_stream` has two threads for it. So are

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import devices, kernels, ring, transfer, tree
+from gpustore import devices, transfer, tree
 from gpustore.document import SLOT_NBYTES, Slot
 from gpustore.errors import (
     CUDAUnavailableError,
@@ -87,6 +87,8 @@ class Placement:
         moved: dict[int, Any] = {}
         try:
             if found:
+                from gpustore import ring  # 4 ms, for arrays of devices only
+
                 with self._file.reader() as reader:
                     there = ring.to_devices([*found.values()], reader, report)
                 moved.update(zip(found, there, strict=True))
@@ -107,6 +109,8 @@ class Placement:
         whole: set[int] = set()
         differing: list[str] = []
         for device, members in self._verifiable(moved).items():
+            from gpustore import kernels
+
             found = kernels.digests([octets for octets, _, _ in members])
             for (_, spec, path), digest in zip(members, found or (), strict=False):
                 if digest != spec.digest:

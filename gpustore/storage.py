@@ -10,8 +10,7 @@ import re
 import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -104,8 +103,7 @@ class MappedFile:
         self.close()
 
 
-@dataclass(frozen=True, slots=True)
-class Reader:
+class Reader(NamedTuple):
     """Reads the bytes of which arrays are views from the file: without the mapping's page faults.
 
     Without a `descriptor` (the file has been replaced since), and for views of other memory, they
