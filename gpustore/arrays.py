@@ -120,13 +120,12 @@ def lower_run(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> It
     """Lower NumPy arrays of which others have dtype and shape; yield the indices of the rest."""
     if type(node) is dict:
         node.update(dict.fromkeys(keys))  # in this order
+    kinds = [(array.dtype, array.shape) for array in arrays]
+    if kinds.count(kinds[0]) == len(kinds) and lower_row(lowerer, node, keys, arrays):
+        return
     groups: defaultdict[Any, list[int]] = defaultdict(list)
-    last: Any = None
-    for index, array in enumerate(arrays):
-        kind = array.dtype, array.shape
-        if kind != last:
-            last, group = kind, groups[kind]
-        group.append(index)
+    for index, kind in enumerate(kinds):
+        groups[kind].append(index)
     for group in groups.values():
         members = [keys[index] for index in group], [arrays[index] for index in group]
         if len(group) < rows.FEWEST or not lower_row(lowerer, node, *members):

@@ -198,20 +198,12 @@ class DetachedEncoder(Encoder):
         self.segment += DIGEST_ELEMENT + bytes(DIGEST_NBYTES)
 
     def small_arrays(self, keys: list[bytes], values: list[SmallArray]) -> None:
-        octets: list[bytes] = []
-        position, last = len(self.segment), None
+        alikes, contents = zip(*values, strict=True)
+        levels = max(alike.levels for alike in {*alikes})
+        self.enter(levels)
+        self.depth -= levels
         self.batch = self.batch or Batch()
-        for key, (alike, _) in zip(keys, values, strict=True):
-            if last is not alike:
-                self.enter(alike.levels)
-                self.depth -= alike.levels
-                last, (before, after) = alike, alike.detached()
-            octets += b"\x03", key, before, after
-            position += 1 + len(key) + len(before)
-            self.batch.at.append(position)
-            position += len(after)
-        self.segment += b"".join(octets)
-        self.batch.arrays += [content for _, content in values]
+        self.segment += self.batch.add_detached(keys, alikes, contents, len(self.segment))
 
     def close(self) -> None:
         if self.batch is not None:

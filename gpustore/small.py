@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from itertools import chain, repeat
 from typing import Any, NamedTuple
@@ -61,7 +62,6 @@ class Alike:
             self.levels = 1 + max(outer.depth, 1 + self.levels)
         self.behind_nbytes = _DIGESTED_NBYTES + len(self.behind)
         self._inline: dict[tuple[int, int], bytes] = {}
-        self._detached: tuple[bytes, bytes] | None = None
 
     def inline(self, key: bytes, position: int) -> bytes:
         """Return what is between the key of an element at `position` and its payload."""
@@ -77,18 +77,16 @@ class Alike:
             known = self._inline[form] = self._opened(len(content) + self.nbytes) + content
         return known
 
+    @functools.cached_property
     def detached(self) -> tuple[bytes, bytes]:
-        """Return what is between a key and the offset of a payload, and from there on.
+        """What is between a key and the offset of a payload, and from there on.
 
         There are zeros where offset and digest belong.
         """
-        if self._detached is None:
-            content = self._head + PLACE_ELEMENT
-            tail = bytes(8) + DETACHED_TAIL[:8] + INT64.pack(self.nbytes) + b"\0"
-            before = self._opened(len(content) + len(tail)) + content
-            after = tail + DIGEST_ELEMENT + bytes(DIGEST_NBYTES) + self.behind
-            self._detached = before, after
-        return self._detached
+        content = self._head + PLACE_ELEMENT
+        tail = bytes(8) + DETACHED_TAIL[:8] + INT64.pack(self.nbytes) + b"\0"
+        before = self._opened(len(content) + len(tail)) + content
+        return before, tail + DIGEST_ELEMENT + bytes(DIGEST_NBYTES) + self.behind
 
     def _opened(self, nbytes: int) -> bytes:
         """Return the lengths of documents with `nbytes` before the digest, and the outer one."""
@@ -113,6 +111,19 @@ class Batch:
         for part, payloads in self._parts():
             before, after = self.befores[part], (repeat(DIGEST_ELEMENT), digests(payloads))
             yield _joined(before, payloads, *after), _joined(before, *after)
+
+    def add_detached(
+        self, keys: list[bytes], alikes: Iterable[Alike], contents: Iterable[Any], start: int
+    ) -> bytes:
+        """Take in arrays; return their elements, the first of which is at byte `start`."""
+        befores, afters = zip(*(alike.detached for alike in alikes), strict=True)
+        at = start
+        for key, before, after in zip(keys, befores, afters, strict=True):
+            at += 1 + len(key) + len(before)
+            self.at.append(at)
+            at += len(after)
+        self.arrays += contents
+        return _joined(repeat(b"\x03"), keys, befores, afters)
 
     def detached(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield the payloads, each aligned to 64, and the zeros between them."""
