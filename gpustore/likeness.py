@@ -210,8 +210,8 @@ class Likes:
 
     __slots__ = ("_last", "_left", "known")
 
-    def __init__(self) -> None:
-        self.known: list[Like] = []
+    def __init__(self, *known: Like) -> None:
+        self.known = [*known]
         self._left = _SHAPES  # that are looked at yet
         self._last: tuple[int, int, dict[str, Any]] | None = None
 

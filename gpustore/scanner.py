@@ -209,10 +209,10 @@ class Scanner:
         nbytes = INT32.unpack_from(self.buffer, start)[0]
         if not tagged.FEWEST_NBYTES <= nbytes <= limit - start:
             return None
-        likes: Any = self.likes.get(nbytes)
+        likes = self.likes.get(nbytes)
         end, is_of_any_file = start + nbytes, nbytes >= self.slot_nbytes == SLOT_NBYTES
-        if likes is None and is_of_any_file:
-            likes = likeness.likes.get(nbytes)
+        if likes is None and is_of_any_file and nbytes in likeness.likes:
+            likes = self.likes[nbytes] = likeness.Likes(likeness.likes[nbytes])
         node = None if likes is None else likes.read(self.buffer, start, end)
         is_alike = node is not None
         if node is None:

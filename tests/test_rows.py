@@ -225,6 +225,48 @@ def test_arrays_whose_shapes_alternate_are_read_as_one_run(tmp_path, monkeypatch
     assert gs.open_file(path).verify().arrays == 88
 
 
+def test_runs_with_large_arrays_are_found_however_often_such_files_were_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(document, "SLOT_NBYTES", scanner.SLOT_NBYTES)
+    monkeypatch.setattr(likeness, "likes", {})
+    monkeypatch.setattr(likeness, "_met", set())
+    shapes = [(3, 4), (4,), (90, 400)]
+    arrays = {f"a{i}": np.full(shapes[i % 3], i, "f4") for i in range(10, 90)}
+    gs.save(tmp_path / "a", arrays)
+    counts = []
+    plain = likeness.read_run
+
+    def noted(*arguments):
+        row = plain(*arguments)
+        counts[-1] += len(row.nodes)
+        return row
+
+    monkeypatch.setattr(likeness, "read_run", noted)
+    for _ in range(4):
+        counts.append(0)
+        found = gs.load(tmp_path / "a", verify=True)
+        assert all(map(np.array_equal, found.values(), arrays.values()))
+    assert min(counts) == max(counts) >= 60 and likeness.likes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_bit_around_arrays_whose_shapes_alternate(tmp_path, layout):
+    """Those at the beginning, in whose likeness others are read, and one in the midst of these."""
+    path, shapes = tmp_path / "damaged.bson", [(3, 4), (4,), (6, 2)]
+    arrays = {f"a{i}": np.full(shapes[i % 3], i, "f4") for i in range(10, 44)}
+    gs.save(path, arrays | {"padding": "a" * 9000}, layout=layout, durable=False)
+    whole = path.read_bytes()
+    first, middle = whole.index(b"a10\0"), whole.index(b"a33\0")
+    nbytes = whole.index(b"a11\0") - first
+    for position in (*range(first, first + nbytes), *range(middle, middle + nbytes)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        found = outcome(path)
+        with pytest.MonkeyPatch.context() as patch:
+            plainly(patch)
+            assert outcome(path) == found, position
+
+
 def test_arrays_of_one_size_must_have_the_bytes_for_it(tmp_path):
     """They share what says their type and size, and may be said to hold less or more than that."""
     document = {"tag": "array", "type": {"tag": "datatype", "name": ["Core", "UInt16"]}}
