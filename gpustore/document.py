@@ -90,13 +90,20 @@ def _depth(node: Any) -> int:
     return 1 + max(map(_depth, node.values() if isinstance(node, dict) else node), default=0)
 
 
-def scan(buffer: Any, *, name: str = "buffer", slot_nbytes: int = SLOT_NBYTES) -> dict[str, Any]:
+def scan(
+    buffer: Any,
+    *,
+    name: str = "buffer",
+    slot_nbytes: int = SLOT_NBYTES,
+    arrays: list[Any] | None = None,
+) -> dict[str, Any]:
     """Return the document at the start of `buffer` (bytes, bytearray or mmap), checked.
 
     Each binary of `slot_nbytes` or more is a `Slot`, and in large documents the data of an array
     from a page on; documents smaller than that are decoded whole by PyMongo's codec. What follows
     the document is not looked at. A length of -1 means that the document ends at its terminator
-    (docs/format.md). Raises TruncatedFileError or FormatError.
+    (docs/format.md). What may be arrays, or structs around them, is added to `arrays`, but for
+    those in documents that are decoded whole. Raises TruncatedFileError or FormatError.
 
     >>> scan(bytes.fromhex("0c0000001061000100000000"))
     {'a': 1}
@@ -109,6 +116,8 @@ def scan(buffer: Any, *, name: str = "buffer", slot_nbytes: int = SLOT_NBYTES) -
         _attach(document, end, len(buffer), scanner)
     elif scanner.placed:
         raise _nothing_behind(name)
+    if arrays is not None:
+        arrays += scanner.arrays
     return document
 
 

@@ -109,7 +109,7 @@ class Lifter:
         values: list[Any] = []
         self.memo[id(node)] = values
         path = tree.shortened(path)
-        specs.lift_rows(self, node)
+        specs.lift_alike(self, node)
         for i, child in enumerate(node):
             is_atom = type(child) in _ATOMS
             values.append(child if is_atom else self.value(child, f"{path}[{i}]"))
@@ -170,7 +170,7 @@ class Lifter:
     def mapping(self, node: dict[str, Any], path: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
         self.memo[id(node)] = values
-        specs.lift_rows(self, node.values())
+        specs.lift_alike(self, node.values())
         known = self.memo.get
         for key, child in node.items():
             value = known(id(child), _UNKNOWN)
@@ -180,7 +180,7 @@ class Lifter:
     def entries(self, document: dict[str, Any], names: tuple[str, ...] | None) -> dict[str, Any]:
         """Return the top-level entries of these names (all of them for None)."""
         if names is None:
-            specs.lift_rows(self, document.values())
+            specs.lift_alike(self, document.values())
         found: dict[str, Any] = {}
         known = self.memo.get
         for key, child in document.items():

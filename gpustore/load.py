@@ -27,6 +27,7 @@ from gpustore.layout import STAMP
 from gpustore.lift import RESERVED, TAGS, Lifter
 from gpustore.placement import Check, DeviceChoice, Placement, chooser, host_array
 from gpustore.save import paused_collector, save_document
+from gpustore.specs import lift_alike
 from gpustore.storage import MappedFile
 from gpustore.verify import Digests, Progress, Report, Verification, counted, verify_file
 
@@ -78,11 +79,15 @@ def load(
     choose = chooser(device)
     with paused_collector():
         file = MappedFile.open(path, mmap=mmap)
-        content = _document(file)
+        found: list[Any] = []
+        content = _document(file, found)
         report = counted(progress, file.nbytes)
         check = _checker(file, report) if verify else None
         arrays = Placement(file, functions, choose, is_verified=verify)
         lifter = arrays.lifter(content)
+        if not names:
+            lift_alike(lifter, found)
+            lifter.make_row = None  # there are no others
         try:
             root = _entries(lifter, content, names, file.path)
         except FormatError:
@@ -90,7 +95,7 @@ def load(
                 check(())
             raise
         has_lost = lifter.has_lost
-        del content, lifter  # so that the collector, let go, has little to go over
+        del content, lifter, found  # so that the collector, let go, has little to go over
     if lost == "error" and has_lost:
         _refuse_lost(root, names, file.path)
     root = arrays.placed(root, report, check)
@@ -103,10 +108,10 @@ def load(
     return tuple(root[name] for name in names) if names else root
 
 
-def _document(file: MappedFile) -> dict[str, Any]:
+def _document(file: MappedFile, arrays: list[Any] | None = None) -> dict[str, Any]:
     slot_nbytes = document.SLOT_NBYTES
     try:
-        content = document.scan(file.buffer, name=file.path, slot_nbytes=slot_nbytes)
+        content = document.scan(file.buffer, name=file.path, slot_nbytes=slot_nbytes, arrays=arrays)
     except FormatError as error:
         raise _explained(file, error) from None
     _refuse_newer(file, content.get(STAMP))

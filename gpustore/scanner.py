@@ -64,6 +64,7 @@ class Scanner:
         # decoded once, and shared
         self.heads: dict[bytes, dict[str, Any] | list[Any]] = {}
         self.likes: dict[int, likeness.Likes] = {}  # by the nbytes of documents
+        self.arrays: list[Any] = []  # what may be, or be around, one
         self.shared: dict[bytes, tuple[Any, Any]] = {}  # types, and sizes that follow them
         int64()
 
@@ -223,6 +224,8 @@ class Scanner:
                 self.likes.setdefault(nbytes, likeness.Likes()).add(start, end, node)
             if is_of_any_file:
                 likeness.keep_like(self.buffer, start, end, node)
+        if "data" in node:
+            self.arrays.append(node)
         return node, end, is_alike
 
     def row(
@@ -230,7 +233,7 @@ class Scanner:
         keys: list[str], values: list[Any],
     ) -> int:  # fmt: skip
         """Read a row of array documents alike, or its first one; return the offset after it."""
-        start = name_end + 1
+        start, known = name_end + 1, len(self.arrays)
         found = self.tagged_at(start, limit, depth + 1)
         first, end = found[:2] if found else self.document(start, limit, depth + 1)
         assert isinstance(first, dict)
@@ -239,11 +242,13 @@ class Scanner:
             keys.append("" if is_array else self.text(position + 1, name_end))
             values.append(first)
             return end
+        del self.arrays[known:]  # the row has nodes of its own for these
         return self.add(row, is_array, keys, values)
 
     def add(self, row: rows.Row, is_array: bool, keys: list[str], values: list[Any]) -> int:
         keys.extend([""] * len(row.nodes) if is_array else row.names)
         values.extend(row.nodes)
+        self.arrays += row.nodes
         if row.placed is not None:
             self.placed[id(row.nodes[0])] = len(row.nodes), *row.placed
         return row.end

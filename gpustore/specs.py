@@ -38,8 +38,8 @@ def once(lifter: Any, node: Any, path: str) -> Any:
     return found
 
 
-def lift_rows(lifter: Any, nodes: Collection[Any]) -> None:
-    """Lift arrays that were read as a row into the memo, without making a spec for each."""
+def lift_alike(lifter: Any, nodes: Collection[Any]) -> None:
+    """Lift arrays of which many are alike into the memo, without making a spec for each."""
     if lifter.make_row is None or len(nodes) < rows.FEWEST:
         return
     for row, inner in rows.groups(nodes):

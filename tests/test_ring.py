@@ -340,8 +340,17 @@ def test_ctrl_c_stops_the_lanes(file, job):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
+@pytest.fixture
+def heard_ctrl_c():
+    """SIGINT raises, also where the tests run in the background and it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("job", ["save", "load"])
+@pytest.mark.usefixtures("heard_ctrl_c")
 def test_ctrl_c_while_the_lanes_work_waits_for_them(file, job, times, monkeypatch):
     with fake_cuda(2) as cupy:
         model = [cupy.asarray(values(9 * LANE, i)) for i in range(3)]
