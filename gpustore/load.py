@@ -85,7 +85,7 @@ def load(
         check = _checker(file, report) if verify else None
         arrays = Placement(file, functions, choose, is_verified=verify)
         lifter = arrays.lifter(content)
-        if not names:
+        if not names or content.keys() <= {*names, *RESERVED}:
             lift_alike(lifter, found)
             lifter.make_row = None  # there are no others
         try:

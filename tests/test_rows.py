@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpustore as gs
-from gpustore import arrays, document, encoder, likeness, rows, scanner, tagged
+from gpustore import arrays, document, encoder, likeness, rows, scanner, tagged, transfer
 from gpustore.document import Slot
 from gpustore.errors import GpustoreError
 from gpustore.julia import JuliaType, Struct
@@ -223,6 +223,24 @@ def test_arrays_whose_shapes_alternate_are_read_as_one_run(tmp_path, monkeypatch
         assert found.flags.c_contiguous == array.flags.c_contiguous
     assert sum(len(row.nodes) for row in read) >= 44
     assert gs.open_file(path).verify().arrays == 88
+
+
+@pytest.mark.parametrize("names", [(), ("model",), ("epoch", "model")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_arrays_of_layers_are_made_at_once(tmp_path, monkeypatch, layout, names):
+    layers = [gs.Dense(np.full((5, 4), i, "f4"), np.full(5, i, "f4")) for i in range(60)]
+    gs.save(tmp_path / "a", model=gs.Chain(*layers), epoch=3, layout=layout)
+    one_by_one = []
+    plain = transfer.host_view
+    monkeypatch.setattr(
+        transfer, "host_view", lambda *given: one_by_one.append(given) or plain(*given)
+    )
+    found = gs.load(tmp_path / "a", *names)
+    model = {(): lambda: found["model"], ("model",): lambda: found}.get(names, lambda: found[1])()
+    for layer, made in zip(layers, model.layers, strict=True):
+        assert np.array_equal(made.weight, layer.weight) and np.array_equal(made.bias, layer.bias)
+        assert made.weight.flags.f_contiguous
+    assert (len(one_by_one) == 120) == (names == ("model",))  # of several entries, only one
 
 
 def test_runs_with_large_arrays_are_found_however_often_such_files_were_read(tmp_path, monkeypatch):
