@@ -152,7 +152,7 @@ def _opened(name: str) -> int:
         sentence = "there is no such file; check the path"
         raise FileNotFoundError(errno.ENOENT, sentence, name) from error
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket
+        if error.errno in (errno.ENXIO, errno.EOPNOTSUPP):  # a socket: Linux, macOS
             raise _is_no_file(name) from error
         if os.path.isdir(name):  # Windows opens none
             raise _is_a_folder(name) from error

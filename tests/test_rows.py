@@ -183,6 +183,19 @@ def test_arrays_of_a_row_do_not_overlap(tmp_path, layout, shape):
     assert gs.load(path)[5].flat[0] == 5
 
 
+def noted(monkeypatch, name):
+    """Return the list of all that a reader of many elements gives from now on."""
+    read = []
+    plain = getattr(likeness, name)
+
+    def reader(*arguments):
+        read.append(plain(*arguments))
+        return read[-1]
+
+    monkeypatch.setattr(likeness, name, reader)
+    return read
+
+
 @pytest.mark.parametrize("order", "CF")
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 4)])
 def test_a_row_is_written_and_read_as_one(tmp_path, monkeypatch, shape, order):
@@ -190,14 +203,7 @@ def test_a_row_is_written_and_read_as_one(tmp_path, monkeypatch, shape, order):
     arrays = [np.full(shape, index, "f4", order=order) for index in range(10, 90)]
     monkeypatch.setattr(gs.arrays, "lower", None)
     gs.save(path, arrays)
-    read = []
-    plain = likeness.read_row
-
-    def noted(*arguments):
-        read.append(plain(*arguments))
-        return read[-1]
-
-    monkeypatch.setattr(likeness, "read_row", noted)
+    read = noted(monkeypatch, "read_row")
     for made, array in zip(gs.load(path), arrays, strict=True):
         assert np.array_equal(made, array) and made.flags.c_contiguous == array.flags.c_contiguous
     assert sum(len(row.names) for row in read if row is not None) >= 70
@@ -210,14 +216,7 @@ def test_arrays_whose_shapes_alternate_are_read_as_one_run(tmp_path, monkeypatch
     arrays = {f"a{i}": np.full(shapes[i % 5], i, "f4") for i in range(10, 98)}
     arrays["a50"] = np.asfortranarray(arrays["a50"])
     gs.save(path, arrays, layout=layout)
-    read = []
-    plain = likeness.read_run
-
-    def noted(*arguments):
-        read.append(plain(*arguments))
-        return read[-1]
-
-    monkeypatch.setattr(likeness, "read_run", noted)
+    read = noted(monkeypatch, "read_run")
     for found, array in zip(gs.load(path).values(), arrays.values(), strict=True):
         assert np.array_equal(found, array)
         assert found.flags.c_contiguous == array.flags.c_contiguous
@@ -250,19 +249,12 @@ def test_runs_with_large_arrays_are_found_however_often_such_files_were_read(tmp
     shapes = [(3, 4), (4,), (90, 400)]
     arrays = {f"a{i}": np.full(shapes[i % 3], i, "f4") for i in range(10, 90)}
     gs.save(tmp_path / "a", arrays)
-    counts = []
-    plain = likeness.read_run
-
-    def noted(*arguments):
-        row = plain(*arguments)
-        counts[-1] += len(row.nodes)
-        return row
-
-    monkeypatch.setattr(likeness, "read_run", noted)
+    counts, read = [], noted(monkeypatch, "read_run")
     for _ in range(4):
-        counts.append(0)
+        read.clear()
         found = gs.load(tmp_path / "a", verify=True)
         assert all(map(np.array_equal, found.values(), arrays.values()))
+        counts.append(sum(len(row.nodes) for row in read))
     assert min(counts) == max(counts) >= 60 and likeness.likes
 
 
