@@ -7,7 +7,6 @@ import functools
 import itertools
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -104,32 +103,22 @@ def _original(lowerer: Any, container: Any, key: Any, value: Any, twin: Any) -> 
     lowerer.place(container, key, value, bare)
 
 
-def runs(values: list[Any]) -> Iterator[tuple[int, int]]:
-    """Yield where NumPy arrays begin and end that follow one another, FEWEST or more."""
-    if len(values) < rows.FEWEST:
-        return
-    start = 0
-    for kind, members in itertools.groupby(map(type, values)):
-        stop = start + sum(1 for _ in members)
-        if kind is np.ndarray and stop - start >= rows.FEWEST:
-            yield start, stop
-        start = stop
-
-
-def lower_run(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> Iterator[int]:
-    """Lower NumPy arrays of which others have dtype and shape; yield the indices of the rest."""
+def lower_run(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> list[int]:
+    """Lower NumPy arrays of which others have dtype and shape; return the indices of the rest."""
     if type(node) is dict:
         node.update(dict.fromkeys(keys))  # in this order
     kinds = [(array.dtype, array.shape) for array in arrays]
     if kinds.count(kinds[0]) == len(kinds) and lower_row(lowerer, node, keys, arrays):
-        return
+        return []
     groups: defaultdict[Any, list[int]] = defaultdict(list)
     for index, kind in enumerate(kinds):
         groups[kind].append(index)
+    rest: list[int] = []
     for group in groups.values():
         members = [keys[index] for index in group], [arrays[index] for index in group]
         if len(group) < rows.FEWEST or not lower_row(lowerer, node, *members):
-            yield from group
+            rest += group
+    return sorted(rest)
 
 
 def lower_row(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> bool:
@@ -155,13 +144,13 @@ def lower_row(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> bo
         return False
     own = alike(lowerer, first, order)
     pairs = zip(itertools.repeat(own), contents)
-    for key, made in zip(keys, map(_small_array, pairs), strict=True):
+    for key, made in zip(keys, map(small_array, pairs), strict=True):
         node[key] = made
     lowerer.places.update(zip(ids, zip(itertools.repeat(node), keys, arrays), strict=True))
     return True
 
 
-_small_array = functools.partial(tuple.__new__, SmallArray)  # of a pair, faster than its name
+small_array = functools.partial(tuple.__new__, SmallArray)  # of a pair, faster than its name
 
 
 def _advice(dtype: np.dtype[Any]) -> str:

@@ -26,7 +26,7 @@ from gpustore.layout import (
     Plan,
     TooLong,
 )  # fmt: skip
-from gpustore.small import Batch, SmallArray
+from gpustore.small import Batch, Filled, SmallArray, Template
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -93,10 +93,21 @@ class Encoder:
             last = first + len(list(members))
             if kind is SmallArray:
                 self.small_arrays(keys[first:last], nodes[first:last])
+            elif kind is Filled:
+                self.filled(keys[first:last], nodes[first:last])
+            elif kind is Encoded:
+                self.encoded(keys[first:last], nodes[first:last])
             else:
                 for index in range(first, last):
                     self.element(keys[index], nodes[index])
             first = last
+
+    def encoded(self, keys: list[bytes], nodes: list[Encoded]) -> None:
+        levels = max(node.depth for node in nodes)
+        self.enter(levels)
+        self.depth -= levels
+        pairs = zip(keys, nodes, strict=True)
+        self.segment += b"".join([b"%c%b%b" % (kind, key, bson) for key, (bson, kind, _) in pairs])
 
     def trailer(self, value: dict[str, Any]) -> None:
         self.segment += b"\x03_gpustore\0"
@@ -154,6 +165,12 @@ class Encoder:
             befores.append(behind + b"\x03" + key + before)
             position += nbytes
             behind = alike.behind
+        self.batched(befores, [content for _, content in values], behind, position)
+
+    def batched(
+        self, befores: list[bytes | bytearray], contents: list[Any], behind: bytes, end: int
+    ) -> None:
+        """Take arrays into the batch, the last of which is followed by `behind` until `end`."""
         segment = self.segment
         segment += befores[0]
         if self.batch is None:
@@ -162,8 +179,41 @@ class Encoder:
         else:
             befores[0] = segment  # in which lengths are set later
         self.batch.befores += befores
-        self.batch.arrays += [content for _, content in values]
-        self.base, self.segment = position - len(behind), bytearray(behind)
+        self.batch.arrays += contents
+        self.base, self.segment = end - len(behind), bytearray(behind)
+
+    def filled(self, keys: list[bytes], values: list[Filled]) -> None:
+        """Encode objects of which others are alike, those that hold what their template says."""
+        parts = itertools.chain.from_iterable([value.parts for value in values])
+        if {*map(type, parts)} == {SmallArray}:
+            levels = max(template.levels for template in {template for template, _ in values})
+            self.enter(levels)
+            self.depth -= levels
+            self.in_likeness(keys, values)
+            return
+        for key, value in zip(keys, values, strict=True):
+            if {*map(type, value.parts)} == {SmallArray}:
+                self.filled([key], [value])
+            else:
+                _encode_dict(self, key, value.document())
+
+    def in_likeness(self, keys: list[bytes], values: list[Filled]) -> None:
+        """Encode objects in the likeness of their templates."""
+        befores: list[bytes | bytearray] = []
+        contents: list[Any] = []
+        position, behind = self.position(), b""
+        for key, (template, parts) in zip(keys, values, strict=True):
+            form = len(key), position % 64
+            known = template.inline.get(form)
+            if known is None:
+                known = template.inline[form] = _inline(template, key, position % 64)
+            own, after, nbytes = known
+            befores.append(b"%b\x03%b%b" % (behind, key, own[0]))
+            befores += own[1:]
+            contents += [content for _, content in parts]
+            position += nbytes
+            behind = after
+        self.batched(befores, contents, behind, position)
 
     def close(self) -> None:
         """Let the batch end before the segment."""
@@ -205,6 +255,13 @@ class DetachedEncoder(Encoder):
         self.batch = self.batch or Batch()
         self.segment += self.batch.add_detached(keys, alikes, contents, len(self.segment))
 
+    def in_likeness(self, keys: list[bytes], values: list[Filled]) -> None:
+        for template in {template for template, _ in values}:
+            if template.detached is None:
+                template.detached = _detached(template)
+        self.batch = self.batch or Batch()
+        self.segment += self.batch.add_filled(keys, values, len(self.segment))
+
     def close(self) -> None:
         if self.batch is not None:
             self.offsets.append(self.batch)
@@ -229,6 +286,25 @@ class DetachedEncoder(Encoder):
             position += payload.nbytes
         nbytes = position if places else len(self.segment)
         return Plan([self.segment], self.payloads, nbytes, tuple(places))
+
+
+def _inline(template: Template, key: bytes, position: int) -> tuple[list[bytes], bytes, int]:
+    """Encode a template plainly, to have what `Template.inline` says."""
+    encoder = Encoder()
+    encoder.base = position
+    _encode_dict(encoder, key, template.node)
+    assert encoder.batch is not None
+    first = encoder.structures[0][1 + len(key) :]
+    befores = [bytes(octets) for octets in (first, *encoder.batch.befores[1:])]
+    return befores, bytes(encoder.segment), encoder.position() - position
+
+
+def _detached(template: Template) -> tuple[bytes, list[int]]:
+    """Encode a template plainly, to have what `Template.detached` says."""
+    encoder = DetachedEncoder()
+    encoder.document(template.node)
+    assert encoder.batch is not None
+    return bytes(encoder.segment), encoder.batch.at
 
 
 def _digest_of(at: int) -> slice:
@@ -300,12 +376,6 @@ def _encode_list(encoder: Encoder, key: bytes, value: list[Any]) -> None:
     encoder.array(value)
 
 
-def _encode_encoded(encoder: Encoder, key: bytes, value: Encoded) -> None:
-    encoder.enter(value.depth)
-    encoder.depth -= value.depth
-    encoder.segment += b"%c%b%b" % (value.kind, key, value.bson)
-
-
 _ENCODERS: dict[type, Callable[[Encoder, bytes, Any], None]] = {
     int: _encode_int,
     float: _encode_float,
@@ -317,8 +387,9 @@ _ENCODERS: dict[type, Callable[[Encoder, bytes, Any], None]] = {
     list: _encode_list,
     Payload: lambda encoder, key, value: encoder.payload(key, value),
     SmallArray: lambda encoder, key, value: encoder.small_arrays([key], [value]),
+    Filled: lambda encoder, key, value: encoder.filled([key], [value]),
     np.ndarray: lambda encoder, key, value: encoder.payload(key, _small(value)),
-    Encoded: _encode_encoded,
+    Encoded: lambda encoder, key, value: encoder.encoded([key], [value]),
 }
 
 

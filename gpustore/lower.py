@@ -5,13 +5,13 @@ An object met twice is written once, into `_backrefs`, so sharing and cycles are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpustore import arrays, devices, dictionaries, document, flux, twins
+from gpustore import arrays, devices, dictionaries, document, flux, templates, twins
 from gpustore.document import Encoded, Payload, Slot
 from gpustore.dtypes import element_type_of
 from gpustore.errors import UnsupportedValueError
@@ -25,6 +25,7 @@ from gpustore.julia import (
     Symbol,
 )
 from gpustore.small import Alike
+from gpustore.survey import Form
 from gpustore.tree import TrackedArray
 from gpustore.typeof import (
     array_type,
@@ -57,7 +58,8 @@ class Lowerer:
 
     `make_payload(array, order)` streams an array in memory order "C" or "F"; `column_major` are
     the ids of arrays inside layers; `tag_devices` writes the device of GPU arrays beside them;
-    `spelling` are those of Core and Base that are written as parts of Main.
+    `spelling` are those of Core and Base that are written as parts of Main; `forms` are those of
+    objects that are alike, by id.
     """
 
     def __init__(
@@ -66,9 +68,10 @@ class Lowerer:
         column_major: set[int],
         tag_devices: bool,
         spelling: frozenset[str] = frozenset(),
+        forms: Mapping[int, Form] | None = None,
     ) -> None:
         self.make_payload, self.column_major = make_payload, column_major
-        self.tag_devices, self.spelling = tag_devices, spelling
+        self.tag_devices, self.spelling, self.forms = tag_devices, spelling, forms or {}
         self.backrefs: list[Any] = []
         self.places: dict[int, tuple[Any, Any, Any]] = {}  # id -> container, key, the object
         self.encoded: dict[JuliaType, Encoded] = {}
@@ -94,7 +97,11 @@ class Lowerer:
         elif type(value) is FunctionType:
             self.instance(container, key, value, path)
         elif not self.is_met(container, key, value):
-            self.new(container, key, value, path)
+            form = self.forms.get(id(value))
+            if form is None or not templates.fill(self, form, container, [key], [value]):
+                self.new(container, key, value, path)
+                if form is not None and form.template is None and form.tries > 0:
+                    templates.keep(self, form, container[key], value)
 
     def is_met(self, container: Any, key: Any, value: Any) -> bool:
         """Whether the object was met before; then its document moves to `_backrefs`."""
@@ -122,7 +129,9 @@ class Lowerer:
             self.dictionary(container, key, value, path)
         elif isinstance(value, list):
             node = self.place(container, key, value, [None] * len(value))
-            self.put_all(node, list(range(len(value))), value, lambda i: f"{path}[{i}]")
+            templates.lower_all(
+                self, node, list(range(len(value))), value, lambda i: f"{path}[{i}]"
+            )
         elif devices.is_array(value):
             first = self.memories.setdefault(devices.memory_of(value), value)
             if first is value or not self.is_met(container, key, first):
@@ -166,22 +175,7 @@ class Lowerer:
         except UnicodeEncodeError:
             for name in value:
                 self.text(name, path)  # raises for the first one
-        self.put_all(node, list(value), list(value.values()), path_of)
-
-    def put_all(
-        self, node: Any, keys: list[Any], values: list[Any], path_of: Callable[[Any], str]
-    ) -> None:
-        """Lower each value into node[key]; rows of small arrays alike at once."""
-        done = 0
-        for start, stop in arrays.runs(values):
-            for key, value in zip(keys[done:start], values[done:start], strict=True):
-                self.put(node, key, value, path_of(key))
-            own = keys[start:stop], values[start:stop]
-            for index in sorted(arrays.lower_run(self, node, *own)):
-                self.put(node, own[0][index], own[1][index], path_of(own[0][index]))
-            done = stop
-        for key, value in zip(keys[done:], values[done:], strict=True):
-            self.put(node, key, value, path_of(key))
+        templates.lower_all(self, node, list(value), list(value.values()), path_of)
 
     # --- values without an identity ---
 
@@ -265,7 +259,10 @@ class Lowerer:
             params: list[Any] = [None] * len(value.params)
             name = names_of(value, self.spelling)
             container[key] = {"tag": "datatype", "name": name, "params": params}
-            self.fill(params, value.params, [path] * len(params))
+            for index, param in enumerate(value.params):
+                params[index] = self.encoded_type(param)
+                if params[index] is None:
+                    self.put(params, index, param, path)
 
     # --- objects ---
 
@@ -298,7 +295,9 @@ class Lowerer:
     def tuple_of(self, container: Any, key: Any, value: tuple[Any, ...], path: str) -> None:
         parts: list[Any] = [None] * len(value)
         self.place(container, key, value, {"tag": "tuple", "data": parts})
-        self.fill(parts, value, [f"{path}[{i}]" for i in range(len(value))])
+        templates.lower_all(
+            self, parts, list(range(len(value))), list(value), lambda i: f"{path}[{i}]"
+        )
 
     def kept(self, container: Any, key: Any, value: Struct | OpaqueFunction, path: str) -> None:
         content = value.data if isinstance(value, Struct) else value.captured

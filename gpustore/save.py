@@ -13,12 +13,13 @@ from gpustore import devices, document, transfer, tree
 from gpustore.dictionaries import is_document
 from gpustore.document import Payload, Plan, Slot
 from gpustore.errors import UnsupportedValueError
-from gpustore.flux import in_layout, is_of_optimiser, kind_of
-from gpustore.julia import JuliaType, Struct
+from gpustore.flux import in_layout
+from gpustore.julia import JuliaType
 from gpustore.layout import STAMP
 from gpustore.lower import Lowerer
 from gpustore.output import Progress, write_plan
-from gpustore.small import SmallArray
+from gpustore.small import Filled, SmallArray
+from gpustore.survey import survey
 from gpustore.typeof import numpy_dtype, remembering
 from gpustore.values import Entries
 from gpustore.version import __version__
@@ -145,48 +146,16 @@ def plan_of(root: Any, *, tag_devices: bool, layout: str = "auto") -> Plan:
     def make_payload(array: Any, order: str) -> Payload | NDArray[Any]:
         return transfer.payload_of(array, numpy_dtype(array), order, scratch)
 
-    column_major, spelling = _surveyed(root)
-    lowerer = Lowerer(make_payload, column_major, tag_devices, spelling)
+    known = survey(root)
+    lowerer = Lowerer(make_payload, known.column_major, tag_devices, known.spelling, known.forms)
     try:
-        with remembering():
+        with remembering(known.forms):
             lowered = _lower_root(lowerer, root)
         return document.plan(lowered, writer=WRITER, layout=layout)
     except RecursionError:
         raise UnsupportedValueError(
             "the value is nested too deep to be saved; flatten it"
         ) from None
-
-
-def _surveyed(root: Any) -> tuple[set[int], frozenset[str]]:
-    """Return the ids of arrays that Julia holds column-major, and a spelling.
-
-    The arrays are fields of layers, or anywhere within optimisers: these expect the moments of a
-    weight in the type of the weight. The spelling is which of Core and Base the file these values
-    came from calls Main's.
-    """
-    ids: set[int] = set()
-    spelling = root.spelling if isinstance(root, Entries) else None
-    for node in tree.containers(root):
-        kind = kind_of(node)
-        if kind is not None and kind.is_layer:
-            ids.update(id(getattr(node, name, None)) for name in kind.fields)
-        elif type(node) is Struct and is_of_optimiser(node.type):
-            ids.update(id(array) for _, array in tree.arrays(tree.walk(node)))
-        if spelling is None:
-            spelling = _spelling_of(node)
-    return ids, spelling or frozenset()
-
-
-def _spelling_of(node: Any) -> frozenset[str] | None:
-    """Return the spelling that the type of one value shows, or None where it shows none."""
-    own = getattr(node, "julia_type", None) or getattr(node, "type", None)
-    if not isinstance(own, JuliaType):
-        return None
-    paths = [own.path, *(param.path for param in own.params if isinstance(param, JuliaType))]
-    main = {path[1] for path in paths if len(path) > 2 and path[0] == "Main"}
-    if not main & {"Core", "Base"}:
-        return None
-    return frozenset({"Core", "Base"} if "Core" in main else {"Base"})
 
 
 def _lower_root(lowerer: Lowerer, root: Any) -> dict[str, Any]:
@@ -197,7 +166,7 @@ def _lower_root(lowerer: Lowerer, root: Any) -> dict[str, Any]:
         holder: dict[str, Any] = {}
         lowerer.put(holder, "value", root, "value")
         node = holder["value"]
-        if type(node) is SmallArray:
+        if type(node) is SmallArray or type(node) is Filled:
             node = node.document()
         if type(node) is not dict or node.get("tag", "backref") == "backref":
             some = JuliaType.named("Base.Some", JuliaType.named("Core.Any"))

@@ -1,4 +1,7 @@
-"""Small arrays, many of which are written at once: what those alike have in common is kept."""
+"""Small arrays, many of which are written at once: what those alike have in common is kept.
+
+So it is with objects that hold a few of them, whose documents differ in nothing else.
+"""
 
 from __future__ import annotations
 
@@ -97,6 +100,44 @@ class Alike:
         return whole + self._outer + INT32.pack(nbytes + 8) + b"\x030\0" + INT32.pack(nbytes)
 
 
+class Template:
+    """What the documents of objects that are alike have around the payloads in them.
+
+    `node` is one of these documents; `names` says where its small arrays are: the keys, or the
+    indices of a struct's fields. `levels` is how deep it is.
+    """
+
+    def __init__(self, node: dict[str, Any], names: list[Any], levels: int) -> None:
+        self.node, self.names, self.levels = node, names, levels
+        # by the nbytes of a key and the position in 64 bytes: what is before each payload, what is
+        # behind the last one, and the nbytes of it all from the key on
+        self.inline: dict[tuple[int, int], tuple[list[bytes], bytes, int]] = {}
+        # all of it, with zeros where offsets and digests belong, and where offsets do
+        self.detached: tuple[bytes, list[int]] | None = None
+
+
+class Filled(NamedTuple):
+    """The document of an object, like its template: a leaf of a neutral document.
+
+    `parts` are the nodes in the place of those that the template has under its names: small arrays
+    of the same kinds, or what has come there since.
+    """
+
+    template: Template
+    parts: list[Any]
+
+    def document(self) -> dict[str, Any]:
+        """Return the document that this stands for."""
+        node = dict(self.template.node)
+        parts = zip(self.template.names, self.parts, strict=True)
+        if node.get("tag") != "struct":
+            return node | dict(parts)
+        node["data"] = [*node["data"]]
+        for index, part in parts:
+            node["data"][index] = part
+        return node
+
+
 class Batch:
     """Small arrays that are written at once."""
 
@@ -124,6 +165,20 @@ class Batch:
             at += len(after)
         self.arrays += contents
         return _joined(repeat(b"\x03"), keys, befores, afters)
+
+    def add_filled(self, keys: list[bytes], values: list[Filled], start: int) -> bytes:
+        """Take in the arrays of objects as `add_detached` does, and return the elements."""
+        elements: list[bytes] = []
+        at = start
+        for key, (template, parts) in zip(keys, values, strict=True):
+            assert template.detached is not None
+            whole, places = template.detached
+            at += 1 + len(key)
+            self.at += [at + place for place in places]
+            at += len(whole)
+            elements += (b"\x03", key, whole)
+            self.arrays += [content for _, content in parts]
+        return b"".join(elements)
 
     def detached(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield the payloads, each aligned to 64, and the zeros between them."""

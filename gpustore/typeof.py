@@ -9,7 +9,7 @@ import contextlib
 import datetime
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -124,31 +124,37 @@ def _tracked_type(value: TrackedArray) -> Any:
 
 
 class _Remembered(threading.local):
-    """What a thread has asked for while `remembering`: objects and their types, by id."""
+    """What a thread has asked for while `remembering`: objects and their types, by form or id."""
 
-    types: dict[int, tuple[Any, Any]] | None = None
+    types: dict[Any, tuple[Any, Any]] | None = None
+    forms: Mapping[int, Any] = {}
 
 
 _remembered = _Remembered()
 
 
 @contextlib.contextmanager
-def remembering() -> Iterator[None]:
-    """Work out the type of each object once while this lasts: a Chain's has those of its layers."""
-    outer, _remembered.types = _remembered.types, {}
+def remembering(forms: Mapping[int, Any]) -> Iterator[None]:
+    """Work out the type of each object once while this lasts: a Chain's has those of its layers.
+
+    And of those that have a form, by id, once for all of one form: they are alike.
+    """
+    outer = _remembered.types, _remembered.forms
+    _remembered.types, _remembered.forms = {}, forms
     try:
         yield
     finally:
-        _remembered.types = outer
+        _remembered.types, _remembered.forms = outer
 
 
 def _instance_type(value: Any) -> Any:
     known = _remembered.types
     if known is None:
         return _type_today(value)
-    found = known.get(id(value))
+    key = _remembered.forms.get(id(value), id(value))
+    found = known.get(key)
     if found is None:
-        found = known[id(value)] = value, _type_today(value)
+        found = known[key] = value, _type_today(value)
     return found[1]
 
 

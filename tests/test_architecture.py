@@ -70,6 +70,8 @@ ORDER = [
     "lift",
     "typeof",
     "arrays",
+    "survey",
+    "templates",
     "lower",
     "transfer",
     "ring",

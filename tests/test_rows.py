@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpustore as gs
-from gpustore import arrays, document, encoder, likeness, rows, scanner, tagged, transfer
+from gpustore import arrays, document, encoder, likeness, rows, scanner, survey, tagged, transfer
 from gpustore.document import Slot
 from gpustore.errors import GpustoreError
 from gpustore.julia import JuliaType, Struct
@@ -52,6 +52,7 @@ def plainly(monkeypatch):
     for kind in (encoder.Encoder, encoder.DetachedEncoder):
         monkeypatch.setattr(kind, "small_arrays", one_by_one)
     monkeypatch.setattr(arrays, "lower_row", lambda *row: False)
+    monkeypatch.setattr(survey, "_forms", lambda cls, nodes: {})
 
 
 @st.composite
@@ -70,21 +71,28 @@ def small_arrays(draw):
     if draw(st.booleans()):
         arrays[-1] = arrays[0]
     names = draw(st.sampled_from(["a{}", "ö{}", "{}", "layer.{:04}"]))
-    what = draw(st.sampled_from(["dict", "list", "layers"]))
+    what = draw(st.sampled_from(["dict", "list", "layers", "objects", "dicts"]))
     if what == "list":
         return arrays
+    firsts, seconds = arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]
+    pairs = [*zip(firsts, seconds, strict=False)]
     if what == "layers":
-        firsts, seconds = arrays[: len(arrays) // 2], arrays[len(arrays) // 2 :]
-        return [Pair(*pair, 1) for pair in zip(firsts, seconds, strict=False)]
+        matrices = [array for array in arrays if array.ndim == 2 and array.dtype.kind == "f"]
+        layers = [gs.Dense(array, draw(st.sampled_from([True, False]))) for array in matrices]
+        return gs.Chain(*layers, *layers[:1])
+    if what == "objects":
+        return [Pair(*pair, draw(st.sampled_from([1, 2]))) for pair in pairs]
+    if what == "dicts":
+        return {f"layer{i}": {"kernel": one, "bias": other} for i, (one, other) in enumerate(pairs)}
     return {names.format(index): array for index, array in enumerate(arrays)}
 
 
 def described(value):
     if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.tobytes(), value.flags.writeable
-    if isinstance(value, (Pair, gs.Dense)):
-        return described(vars(value))
-    if not isinstance(value, (dict, list)):
+    if isinstance(value, (Pair, gs.Dense, gs.Chain)):
+        return described({name: vars(value)[name] for name in type(value).__annotations__})
+    if not isinstance(value, (dict, list, tuple)):
         return repr(value)
     parts = value.items() if isinstance(value, dict) else enumerate(value)
     return {key: described(part) for key, part in parts}

@@ -1,0 +1,158 @@
+"""Values in a row -> documents: of those that are alike the first plainly, the others like it."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from gpustore import arrays
+from gpustore.document import Encoded, Payload
+from gpustore.rows import FEWEST
+from gpustore.small import Filled, SmallArray, Template
+from gpustore.survey import ArrayInTemplate, Form
+
+
+def lower_all(
+    lowerer: Any, node: Any, keys: list[Any], values: list[Any], path_of: Callable[[Any], str]
+) -> None:
+    """Lower each value into node[key]; small arrays and objects that are alike at once."""
+    done = 0
+    for start, stop, are_objects in _runs(values, lowerer.forms):
+        for key, value in zip(keys[done:start], values[done:start], strict=True):
+            lowerer.put(node, key, value, path_of(key))
+        own = keys[start:stop], values[start:stop]
+        lower_run = _lower_run if are_objects else arrays.lower_run
+        for index in lower_run(lowerer, node, *own):
+            lowerer.put(node, own[0][index], own[1][index], path_of(own[0][index]))
+        done = stop
+    for key, value in zip(keys[done:], values[done:], strict=True):
+        lowerer.put(node, key, value, path_of(key))
+
+
+def _runs(values: list[Any], forms: Mapping[int, Any]) -> Iterator[tuple[int, int, bool]]:
+    """Yield where NumPy arrays begin and end that follow one another, FEWEST or more.
+
+    And objects that have forms; the last says whether it is those.
+    """
+    if len(values) < FEWEST:
+        return
+    start = 0
+    kinds = [True if id(value) in forms else type(value) for value in values] if forms else None
+    for kind, members in itertools.groupby(kinds or map(type, values)):
+        stop = start + sum(1 for _ in members)
+        if (kind is np.ndarray or kind is True) and stop - start >= FEWEST:
+            yield start, stop, kind is True
+        start = stop
+
+
+def _lower_run(lowerer: Any, node: Any, keys: list[Any], values: list[Any]) -> Iterator[int]:
+    """Lower objects that have forms, those of one form at once; yield the indices of the rest.
+
+    The first of a form is of these until it has a template.
+    """
+    if type(node) is dict:
+        node.update(dict.fromkeys(keys))  # in this order
+    groups: defaultdict[Form, list[int]] = defaultdict(list)
+    for index, value in enumerate(values):
+        groups[lowerer.forms[id(value)]].append(index)
+    for form, group in groups.items():
+        if form.template is None:
+            yield group.pop(0)
+        members = [keys[index] for index in group], [values[index] for index in group]
+        if group and not fill(lowerer, form, node, *members):
+            yield from group
+
+
+def fill(lowerer: Any, form: Form, node: Any, keys: list[Any], values: list[Any]) -> bool:
+    """Lower objects of one form into node[key], in the likeness of their template.
+
+    False if they cannot be: where there is none yet, and where one of them, or of their arrays,
+    was met before.
+    """
+    template = form.template
+    if template is None:
+        return False
+    attributes = values if type(values[0]) is dict else [*map(vars, values)]
+    columns = [[own[name] for own in attributes] for name in form.arrays]
+    ids, places = [*map(id, itertools.chain(values, *columns))], lowerer.places
+    if len({*ids}) < len(ids) or not places.keys().isdisjoint(ids):
+        return False
+    count = len(values)
+    own = [ids[start : start + count] for start in range(0, len(ids), count)]
+    small = []
+    for column, those, array in zip(columns, own[1:], form.in_template, strict=True):
+        is_as_there = set.issuperset if array.is_column_major else set.isdisjoint
+        if not is_as_there(lowerer.column_major, those):
+            return False
+        contents = column
+        if array.is_turned:
+            contents = [lowerer.make_payload(value, array.order) for value in column]
+        elif array.order == "F" and column[0].ndim > 1:
+            contents = [value.T for value in column]
+        small.append(
+            map(arrays.small_array, zip(itertools.repeat(array.alike), contents, strict=False))
+        )
+    parts = [*map(list, zip(*small, strict=True))]
+    for key, those in zip(keys, parts, strict=True):
+        node[key] = Filled(template, those)
+    places.update(zip(own[0], zip(itertools.repeat(node), keys, values, strict=False), strict=True))
+    for index, column in enumerate(columns):
+        found = zip(parts, itertools.repeat(index), column, strict=False)
+        places.update(zip(own[index + 1], found, strict=True))
+    return True
+
+
+def keep(lowerer: Any, form: Form, node: Any, value: Any) -> None:
+    """Make the template of a form of the document of `value`, where it holds just its arrays."""
+    form.tries -= 1
+    if type(node) is not dict or not form.arrays:
+        return
+    is_struct = node.get("tag") == "struct"
+    if is_struct and type(node["type"]) is not Encoded:
+        return
+    holder = node["data"] if is_struct else node
+    attributes = value if type(value) is dict else vars(value)
+    names = []
+    for name in form.arrays:
+        where, index, array = lowerer.places.get(id(attributes[name]), (None, None, None))
+        if where is not holder or array is not attributes[name]:
+            return
+        names.append(index)
+    held = holder.values() if type(holder) is dict else holder
+    own = {id(holder[name]): name for name in names if type(holder[name]) is SmallArray}
+    if len(own) < len(names) or not all(id(part) in own or _is_constant(part) for part in held):
+        return
+    form.in_template = []
+    for name, array in zip(names, map(attributes.__getitem__, form.arrays), strict=True):
+        order = "F" if holder[name].alike.parts[2] is None else "C"
+        is_turned = not (array.T if order == "F" else array).flags.c_contiguous
+        is_column_major = id(array) in lowerer.column_major
+        found = ArrayInTemplate(holder[name].alike, order, is_turned, is_column_major)
+        form.in_template.append(found)
+    kept = node | {"data": [*holder]} if is_struct else dict(node)
+    form.template = Template(kept, names, _levels(kept))
+
+
+def _is_constant(node: Any) -> bool:
+    """Whether a node holds no payload and nothing that was met, or may be met, elsewhere."""
+    if type(node) is list:
+        return all(map(_is_constant, node))
+    if type(node) is dict:
+        return node.get("tag") != "backref" and all(map(_is_constant, node.values()))
+    return type(node) not in (SmallArray, Filled, Payload) and not hasattr(node, "__array__")
+
+
+def _levels(node: Any) -> int:
+    """Return how many levels of documents and arrays a node has."""
+    if type(node) is SmallArray:
+        return node.alike.levels
+    if type(node) is Encoded:
+        return node.depth
+    if type(node) not in (dict, list):
+        return 0
+    below = node.values() if type(node) is dict else node
+    return 1 + max(map(_levels, below), default=0)
