@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gpustore.encoder import DetachedEncoder, Encoder, int64
@@ -38,8 +38,8 @@ from gpustore.scanner import Scanner
 
 __all__ = [
     "FORMAT_VERSION", "INLINE_LIMIT", "MAX_DEPTH", "MAX_NAME_NBYTES", "PAGE_ALIGNED_NBYTES",
-    "PAYLOAD_DIGEST", "SLOT_NBYTES", "STRUCTURE_DIGEST", "Encoded", "Parts", "Payload", "Place",
-    "Plan", "Slot", "encode", "int64", "parts", "plan", "scan",
+    "PAYLOAD_DIGEST", "SLOT_NBYTES", "STRUCTURE_DIGEST", "Encoded", "Found", "Parts", "Payload",
+    "Place", "Plan", "Slot", "encode", "int64", "parts", "plan", "scan",
 ]  # fmt: skip
 
 
@@ -90,20 +90,32 @@ def _depth(node: Any) -> int:
     return 1 + max(map(_depth, node.values() if isinstance(node, dict) else node), default=0)
 
 
+class Found:
+    """What was found in a document, but for parts of it that were decoded whole.
+
+    `arrays` are the nodes that may be arrays, or structs around them, `alike` says by the ids of
+    nodes which are alike: those that have the same value differ in payloads and digests only.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: list[Any] = []
+        self.alike: Mapping[int, Any] = {}
+
+
 def scan(
     buffer: Any,
     *,
     name: str = "buffer",
     slot_nbytes: int = SLOT_NBYTES,
-    arrays: list[Any] | None = None,
+    found: Found | None = None,
 ) -> dict[str, Any]:
     """Return the document at the start of `buffer` (bytes, bytearray or mmap), checked.
 
     Each binary of `slot_nbytes` or more is a `Slot`, and in large documents the data of an array
     from a page on; documents smaller than that are decoded whole by PyMongo's codec. What follows
     the document is not looked at. A length of -1 means that the document ends at its terminator
-    (docs/format.md). What may be arrays, or structs around them, is added to `arrays`, but for
-    those in documents that are decoded whole. Raises TruncatedFileError or FormatError.
+    (docs/format.md). What is found on the way is put into `found`. Raises TruncatedFileError or
+    FormatError.
 
     >>> scan(bytes.fromhex("0c0000001061000100000000"))
     {'a': 1}
@@ -114,10 +126,10 @@ def scan(
     stamp = document.get(STAMP)
     if isinstance(stamp, dict) and stamp.get("layout") == "detached":
         _attach(document, end, len(buffer), scanner)
-    elif scanner.placed:
+    elif scanner.is_detached:
         raise _nothing_behind(name)
-    if arrays is not None:
-        arrays += scanner.arrays
+    if found is not None:
+        found.arrays, found.alike = scanner.arrays, scanner.alike
     return document
 
 
@@ -139,7 +151,7 @@ class Parts:
         for key in self._spans.keys() & keys - self._decoded.keys():
             kind, start, end = self._spans[key]
             self._decoded[key], _ = self._scanner.value(kind, start, end, 0)
-        if self._scanner.placed:
+        if self._scanner.is_detached:
             raise _nothing_behind(self._scanner.name)
         return {key: self._decoded[key] for key in keys if key in self._spans}
 
@@ -169,7 +181,7 @@ def _attach(document: dict[str, Any], end: int, limit: int, scanner: Scanner) ->
     document. Those of rows are Slots already.
     """
     start = end
-    shared = {id(kind) for kind, _ in scanner.shared.values()}
+    shared = {id(kind) for kind, _ in scanner.shared.values()} | scanner.types
     stack: list[Iterator[Any]] = [iter(document.values())]
     while stack:
         for node in stack[-1]:
@@ -179,10 +191,14 @@ def _attach(document: dict[str, Any], end: int, limit: int, scanner: Scanner) ->
             if type(node) is not dict:
                 continue
             data: Any = node.get("data")
-            row = scanner.placed.get(id(node))
-            if row is not None:  # of which the rest lies as the first one does
-                data = Slot(row[1], row[2] - row[1])
-                collections.deque(itertools.islice(stack[-1], row[0] - 1), maxlen=0)
+            if id(node) in shared:
+                continue
+            count, placed = scanner.runs.get(id(node), (1, None))
+            if count > 1:  # the rest lies as the first one does
+                collections.deque(itertools.islice(stack[-1], count - 1), maxlen=0)
+                if placed is None:
+                    continue
+                data = Slot(placed[0], placed[1] - placed[0])
             elif type(data) is dict and node.get("tag") == "array" and "offset" in data:
                 data = node["data"] = _slot(data, scanner.name)
             elif type(data) is list and id(node.get("type")) in shared:

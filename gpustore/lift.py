@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import datatypes, flux, specs, tree, twins, wrappers
+from gpustore import clones, datatypes, flux, specs, tree, twins, wrappers
 from gpustore.document import Slot, int64
 from gpustore.dtypes import NATIVE_DTYPES
 from gpustore.eras import StructKind
@@ -45,6 +45,7 @@ class Lifter:
     """Lifts the parts of one document; `make_array(spec, path)` builds each array.
 
     `make_row(spec, payloads)` may build those of a row alike at once, of which `spec` is the first.
+    `alike` says by the ids of nodes which of them are alike: those that have the same value.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Lifter:
         name: str,
         functions: Mapping[str, Callable[..., Any]] | None = None,
         make_row: Callable[[ArraySpec, list[Any]], list[Any] | None] | None = None,
+        alike: Mapping[int, Any] | None = None,
     ) -> None:
         backrefs = document.get("_backrefs", [])
         if not isinstance(backrefs, list):
@@ -63,6 +65,7 @@ class Lifter:
         self.resolve, self.malformed = self.source.resolve, self.source.malformed
         self.make_array, self.make_row, self.read, self.name = make_array, make_row, read, name
         self.functions = {name.replace(".#", "."): f for name, f in (functions or {}).items()}
+        self.alike = alike or {}
         self.memo: dict[int, Any] = {}  # id of a document or list, -n of backref n -> its value
         self.types: dict[Any, JuliaType] = {}
         # what is known of types and sizes that documents share, by ids of what is kept beside it
@@ -110,6 +113,7 @@ class Lifter:
         self.memo[id(node)] = values
         path = tree.shortened(path)
         specs.lift_alike(self, node)
+        clones.lift_alike(self, node, lambda index: f"{path}[{index}]")
         for i, child in enumerate(node):
             is_atom = type(child) in _ATOMS
             values.append(child if is_atom else self.value(child, f"{path}[{i}]"))
@@ -171,6 +175,7 @@ class Lifter:
         values: dict[str, Any] = {}
         self.memo[id(node)] = values
         specs.lift_alike(self, node.values())
+        clones.lift_alike(self, node.values(), lambda index: f"{path}[{[*node][index]!r}]")
         known = self.memo.get
         for key, child in node.items():
             value = known(id(child), _UNKNOWN)
@@ -181,6 +186,7 @@ class Lifter:
         """Return the top-level entries of these names (all of them for None)."""
         if names is None:
             specs.lift_alike(self, document.values())
+            clones.lift_alike(self, document.values(), [*document].__getitem__)
         found: dict[str, Any] = {}
         known = self.memo.get
         for key, child in document.items():
@@ -199,6 +205,7 @@ class Lifter:
 
     def tuple_of(self, node: dict[str, Any], path: str) -> tuple[Any, ...]:
         parts = self.field(node, "data", list, path)
+        clones.lift_alike(self, parts, lambda index: f"{path}[{index}]")
         made = tuple(self.value(child, f"{path}[{i}]") for i, child in enumerate(parts))
         inner = [part for part in made if type(part) is tuple]
         if inner:  # hashing and comparing go through all of it, however much is shared

@@ -79,14 +79,14 @@ def load(
     choose = chooser(device)
     with paused_collector():
         file = MappedFile.open(path, mmap=mmap)
-        found: list[Any] = []
+        found = document.Found()
         content = _document(file, found)
         report = counted(progress, file.nbytes)
         check = _checker(file, report) if verify else None
         arrays = Placement(file, functions, choose, is_verified=verify)
-        lifter = arrays.lifter(content)
+        lifter = arrays.lifter(content, found.alike)
         if not names or content.keys() <= {*names, *RESERVED}:
-            lift_alike(lifter, found)
+            lift_alike(lifter, found.arrays)
             lifter.make_row = None  # there are no others
         try:
             root = _entries(lifter, content, names, file.path)
@@ -108,10 +108,10 @@ def load(
     return tuple(root[name] for name in names) if names else root
 
 
-def _document(file: MappedFile, arrays: list[Any] | None = None) -> dict[str, Any]:
+def _document(file: MappedFile, found: document.Found | None = None) -> dict[str, Any]:
     slot_nbytes = document.SLOT_NBYTES
     try:
-        content = document.scan(file.buffer, name=file.path, slot_nbytes=slot_nbytes, arrays=arrays)
+        content = document.scan(file.buffer, name=file.path, slot_nbytes=slot_nbytes, found=found)
     except FormatError as error:
         raise _explained(file, error) from None
     _refuse_newer(file, content.get(STAMP))

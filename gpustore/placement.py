@@ -44,9 +44,10 @@ class Placement:
         self._counts: dict[str, int] = defaultdict(int)  # of each tag, "cpu" for none
         self._made: dict[int, tuple[Any, ArraySpec, str]] = {}  # by id, the ones for devices
 
-    def lifter(self, content: dict[str, Any]) -> Lifter:
+    def lifter(self, content: dict[str, Any], alike: Mapping[int, Any] | None = None) -> Lifter:
+        """Return what lifts a document; `alike` says by id which of its nodes are alike."""
         path, make_row = self._file.path, self._make_row
-        return Lifter(content, self.make, self.read, path, self._functions, make_row)
+        return Lifter(content, self.make, self.read, path, self._functions, make_row, alike)
 
     def read(self, slot: Slot) -> bytes:
         return bytes(self._file.buffer[slot.offset : slot.offset + slot.nbytes])

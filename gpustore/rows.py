@@ -1,6 +1,6 @@
-"""Array documents alike, as many small arrays make them: where they are, in a file and in nodes.
+"""Documents alike, as many arrays or layers make them: where they are, in a file and in nodes.
 
-Elements of which the documents differ only in the bytes of their payload, or its place, and digest
+Elements of which the documents differ only in the bytes of payloads, or their places, and digests
 lie at a constant pitch where their names have one length. Nodes of documents alike share their
 `type` and `size` objects.
 
@@ -12,19 +12,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
-from gpustore.digest import DIGEST_NBYTES
-from gpustore.layout import (
-    DIGEST_ELEMENT,
-    INT32,
-    ROW_NBYTES,
-    Slot,
-)
+from gpustore.layout import INT32, ROW_NBYTES, Slot
 
-# what a document of this package begins with -> the terminators after its digest
-_TAGS = {b"\x02tag\0\x06\0\0\0array\0": 1, b"\x02tag\0\x07\0\0\0struct": 3}
-_TAG_NBYTES = len(next(iter(_TAGS)))
+_HEAD_NBYTES = 17  # of documents, by which they are told apart at first
+FEWEST_NBYTES = 50  # of a document of an array, a struct or a type
 FEWEST = 12  # elements from this number on are faster as a row
 
 
@@ -63,33 +56,20 @@ def groups(nodes: Iterable[Any]) -> list[tuple[list[Any], list[Any]]]:
     return [group for group in found.values() if len(group[0]) >= FEWEST]
 
 
-class Row(NamedTuple):
-    names: list[str]
-    nodes: list[dict[str, Any]]
-    end: int  # the offset just after the last element
-    placed: tuple[int, int] | None  # from where to where detached payloads lie
-
-
 def pitch_at(buffer: Any, start: int, name_end: int, limit: int) -> int | None:
-    """Return the nbytes of the element at `start` where a row may begin there, else None."""
+    """Return the nbytes of the element at `start` where a row may begin there, else None.
+
+    That is a document as the next one begins, and as large as the last of the fewest in a row.
+    """
     nbytes = INT32.unpack_from(buffer, name_end + 1)[0] if name_end + 5 <= limit else 0
-    head = name_end + 1, name_end + 5 + _TAG_NBYTES
     pitch: int = name_end + 1 + nbytes - start
-    if nbytes <= _TAG_NBYTES or FEWEST * pitch > min(limit - start, ROW_NBYTES):
+    if nbytes < FEWEST_NBYTES or FEWEST * pitch > min(limit - start, ROW_NBYTES):
         return None
-    last = name_end + 1 + (FEWEST - 1) * pitch
+    first, last = name_end + 1, name_end + 1 + (FEWEST - 1) * pitch
     if INT32.unpack_from(buffer, last)[0] != nbytes:
         return None
-    first = buffer[head[0] : head[1]]
-    tail = _TAGS.get(bytes(first[4:]))
-    if tail is None:
-        return None
-    digest = start + pitch - tail - DIGEST_NBYTES
-    is_row = (
-        first == buffer[head[0] + pitch : head[1] + pitch]
-        and buffer[digest - len(DIGEST_ELEMENT) : digest] == DIGEST_ELEMENT
-    )
-    return pitch if is_row else None
+    stop = first + 4 + _HEAD_NBYTES
+    return pitch if buffer[first:stop] == buffer[first + pitch : stop + pitch] else None
 
 
 def nbytes_of(binary: Any) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from typing import Any, cast
 
 import numpy as np
 
-from gpustore import likeness, rows, tagged
+from gpustore import likeness, rows, runs, tagged
 from gpustore.encoder import int64
 from gpustore.errors import FormatError, TruncatedFileError
 from gpustore.layout import (
+    DIGEST_ELEMENT,
     DOUBLE,
     INT32,
     INT64,
@@ -59,12 +61,15 @@ class Scanner:
     def __init__(self, buffer: Any, name: str, slot_nbytes: int, origin: int = 0) -> None:
         self.buffer, self.name, self.slot_nbytes = buffer, name, slot_nbytes
         self.origin = origin  # where in the file the buffer begins
-        # id of a row's first node -> how many it has, and from where to where their payloads lie
-        self.placed: dict[int, tuple[int, int, int]] = {}
+        # id of a run's first node -> how many it has, and from where to where their payloads lie
+        self.runs: dict[int, tuple[int, tuple[int, int] | None]] = {}
+        self.is_detached = False  # whether payloads of a run lie after the document
         # decoded once, and shared
         self.heads: dict[bytes, dict[str, Any] | list[Any]] = {}
         self.likes: dict[int, likeness.Likes] = {}  # by the nbytes of documents
         self.arrays: list[Any] = []  # what may be, or be around, one
+        self.alike: dict[int, likeness.Like] = {}  # what objects were read like, by id
+        self.types: set[int] = set()  # ids of those that stand for many
         self.shared: dict[bytes, tuple[Any, Any]] = {}  # types, and sizes that follow them
         int64()
 
@@ -151,23 +156,29 @@ class Scanner:
         run = position  # where a row of small documents begins; none where it is `position`
         is_alike = False  # whether the last element was read in the likeness of another
         # how many elements to look at for others alike, and until where that was done
-        most, looked_at = likeness.FEW, position
+        most, looked_at = runs.FEW, position
+        row_from, misses = position, 0  # where to look for a row again, of how many in vain
         while True:
             self.need(position, 1, limit)
             kind = self.buffer[position]
             name_end = position if kind == 0 else self.name_end(position, limit)
             if kind == 3:
-                pitch = rows.pitch_at(self.buffer, position, name_end, limit)
+                pitch = None
+                if position >= row_from:
+                    pitch = rows.pitch_at(self.buffer, position, name_end, limit)
                 if pitch is not None:
-                    self.decode_run(run, position, is_array, keys, values)
-                    place = position, name_end, limit, pitch
-                    position = run = self.row(*place, depth, is_array, keys, values)
-                    continue
-                is_long = is_alike and limit - position > likeness.FEW * tagged.FEWEST_NBYTES
+                    row = self.row(position, name_end, limit, pitch, depth)
+                    misses = misses + 1 if row is None else 0
+                    if row is not None:
+                        self.decode_run(run, position, is_array, keys, values)
+                        position = run = self.add(row, is_array, keys, values)
+                        continue
+                    row_from = position + (pitch << misses)
+                is_long = is_alike and limit - position > runs.FEW * rows.FEWEST_NBYTES
                 if is_long and position >= looked_at:
-                    alike = likeness.read_run(self.buffer, position, limit, self.likes, most)
+                    alike = runs.read_run(self.buffer, position, limit, self.likes, most)
                     looked_at = alike.end
-                    most = min(4 * most, likeness.MANY) if alike.nodes else likeness.FEW
+                    most = min(4 * most, runs.MANY) if alike.nodes else runs.FEW
                     if alike.nodes:
                         self.decode_run(run, position, is_array, keys, values)
                         position = run = self.add(alike, is_array, keys, values)
@@ -205,53 +216,78 @@ class Scanner:
         where it is for the plain way to say what is wrong. Types and sizes that are alike are
         decoded once, and shared.
         """
-        if limit - start < tagged.FEWEST_NBYTES or depth > MAX_DEPTH - 2:
+        if limit - start < rows.FEWEST_NBYTES or depth > likeness.DEEPEST:
             return None
         nbytes = INT32.unpack_from(self.buffer, start)[0]
-        if not tagged.FEWEST_NBYTES <= nbytes <= limit - start:
+        if not rows.FEWEST_NBYTES <= nbytes <= limit - start:
             return None
         likes = self.likes.get(nbytes)
         end, is_of_any_file = start + nbytes, nbytes >= self.slot_nbytes == SLOT_NBYTES
         if likes is None and is_of_any_file and nbytes in likeness.likes:
             likes = self.likes[nbytes] = likeness.Likes(likeness.likes[nbytes])
-        node = None if likes is None else likes.read(self.buffer, start, end)
-        is_alike = node is not None
+        alike = None if likes is None else likes.read(self.buffer, start, self.like_of)
+        if alike is not None:
+            like, known, arrays = alike
+            self.arrays += arrays
+            if like.is_object:
+                self.alike[id(known)] = like
+            return known, end, True
+        node = tagged.read(self, start, end, depth)
+        # objects are read with others, by the codec, until one is found that is like another
+        is_of_use = "data" in node if node is not None else self.holds_arrays(start, end)
+        if is_of_use and (nbytes in self.likes or len(self.likes) < _MANY):
+            self.likes.setdefault(nbytes, likeness.Likes()).add(start, end, node)
         if node is None:
-            node = tagged.read(self, start, end, depth)
-            if node is None:
-                return None
-            if "data" in node and (nbytes in self.likes or len(self.likes) < _MANY):
-                self.likes.setdefault(nbytes, likeness.Likes()).add(start, end, node)
-            if is_of_any_file:
-                likeness.keep_like(self.buffer, start, end, node)
+            return None
+        if is_of_any_file:
+            likeness.keep_like(nbytes, lambda: self.like_of(start, end, node))
         if "data" in node:
             self.arrays.append(node)
-        return node, end, is_alike
+        return node, end, False
+
+    def holds_arrays(self, start: int, end: int) -> bool:
+        """Whether a small document holds a digest."""
+        is_small = end - start < min(self.slot_nbytes, ROW_NBYTES)
+        return is_small and self.buffer.find(DIGEST_ELEMENT, start, end) >= 0
+
+    def like_of(self, start: int, end: int, node: Any = None) -> likeness.Like | None:
+        """Return what documents like the one from `start` to `end` are read by, if there is that.
+
+        `node` is what it was read as; without it, it is read here.
+        """
+        own = Scanner(self.buffer, self.name, self.slot_nbytes, self.origin)
+        own.shared = self.shared
+        try:
+            node = own.document(start, end, 1)[0] if node is None else node
+            slots, _ = Scanner(self.buffer, self.name, 0, self.origin).document(start, end, 1)
+        except FormatError:
+            return None
+        are_dicts = type(node) is dict and type(slots) is dict
+        return likeness.Like.of(self.buffer, start, end, node, slots) if are_dicts else None
 
     def row(
-        self, position: int, name_end: int, limit: int, pitch: int, depth: int, is_array: bool,
-        keys: list[str], values: list[Any],
-    ) -> int:  # fmt: skip
-        """Read a row of array documents alike, or its first one; return the offset after it."""
-        start, known = name_end + 1, len(self.arrays)
-        found = self.tagged_at(start, limit, depth + 1)
-        first, end = found[:2] if found else self.document(start, limit, depth + 1)
-        assert isinstance(first, dict)
-        row = likeness.read_row(self.buffer, position, name_end, limit, pitch, first)
-        if row is None:
-            keys.append("" if is_array else self.text(position + 1, name_end))
-            values.append(first)
-            return end
-        del self.arrays[known:]  # the row has nodes of its own for these
-        return self.add(row, is_array, keys, values)
+        self, position: int, name_end: int, limit: int, pitch: int, depth: int
+    ) -> runs.Run | None:
+        """Read a row of documents alike; None where there is none."""
+        if depth > likeness.DEEPEST:
+            return None
+        like = self.like_of(name_end + 1, position + pitch)
+        return like and runs.read_row(self.buffer, position, name_end, limit, pitch, like)
 
-    def add(self, row: rows.Row, is_array: bool, keys: list[str], values: list[Any]) -> int:
-        keys.extend([""] * len(row.nodes) if is_array else row.names)
-        values.extend(row.nodes)
-        self.arrays += row.nodes
-        if row.placed is not None:
-            self.placed[id(row.nodes[0])] = len(row.nodes), *row.placed
-        return row.end
+    def add(self, run: runs.Run, is_array: bool, keys: list[str], values: list[Any]) -> int:
+        keys.extend([""] * len(run.nodes) if is_array else run.names)
+        values.extend(run.nodes)
+        for found in run.arrays:
+            self.arrays += found
+        for like, nodes in run.groups:
+            if like.is_object:
+                self.alike.update(zip(map(id, nodes), itertools.repeat(like), strict=False))
+            if like.is_type:  # in rows only
+                self.types.add(id(nodes[0]))
+                return run.end
+        self.runs[id(run.nodes[0])] = len(run.nodes), run.placed
+        self.is_detached = self.is_detached or run.placed is not None
+        return run.end
 
     def name_end(self, position: int, limit: int) -> int:
         """Return where the name of the element at `position` has its terminator."""

@@ -27,7 +27,6 @@ from gpustore.layout import (
 )  # fmt: skip
 from gpustore.likeness import OF_ONE_FILE
 
-FEWEST_NBYTES = 50  # of such a document
 _TYPE_HEAD = b"\x02tag\0\x09\0\0\0datatype\0"
 _SIZE, _FIELDS, _PADDING = b"\x04size\0", b"\x04data\0", b"\x05_\0"
 _PAIR = struct.Struct("<q8xq")  # of a place: its offset and size

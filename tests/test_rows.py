@@ -13,7 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpustore as gs
-from gpustore import arrays, document, encoder, likeness, rows, scanner, survey, tagged, transfer
+from gpustore import (
+    arrays,
+    document,
+    encoder,
+    likeness,
+    rows,
+    runs,
+    scanner,
+    survey,
+    tagged,
+    transfer,
+)
 from gpustore.document import Slot
 from gpustore.errors import GpustoreError
 from gpustore.julia import JuliaType, Struct
@@ -194,13 +205,13 @@ def test_arrays_of_a_row_do_not_overlap(tmp_path, layout, shape):
 def noted(monkeypatch, name):
     """Return the list of all that a reader of many elements gives from now on."""
     read = []
-    plain = getattr(likeness, name)
+    plain = getattr(runs, name)
 
     def reader(*arguments):
         read.append(plain(*arguments))
         return read[-1]
 
-    monkeypatch.setattr(likeness, name, reader)
+    monkeypatch.setattr(runs, name, reader)
     return read
 
 
@@ -247,7 +258,7 @@ def test_arrays_of_layers_are_made_at_once(tmp_path, monkeypatch, layout, names)
     for layer, made in zip(layers, model.layers, strict=True):
         assert np.array_equal(made.weight, layer.weight) and np.array_equal(made.bias, layer.bias)
         assert made.weight.flags.f_contiguous
-    assert (len(one_by_one) == 120) == (names == ("model",))  # of several entries, only one
+    assert len(one_by_one) < (90 if names == ("model",) else 1)  # of several entries, only one
 
 
 def test_runs_with_large_arrays_are_found_however_often_such_files_were_read(tmp_path, monkeypatch):
@@ -365,8 +376,8 @@ def test_each_bit_of_a_large_array_gives_what_it_would_without_others_like_it(
 
     assert all(scanned(octets) == scanned(octets) for _ in range(3))
     like = likeness.likes[max(likeness.likes)]  # the other is of the array in it
-    first = octets.index(like.before)
-    payload = range(first + len(like.before), len(octets) - octets[::-1].index(like.after[::-1]))
+    first = octets.index(like.parts[0])
+    payload = range(first + len(like.parts[0]), first + like.holes[0].stop)
     for byte in (*range(first, payload[0] + 2), *range(payload[-1] - 40, len(octets))):
         for bit in range(8):
             changed = bytearray(octets)
@@ -390,7 +401,7 @@ def test_large_arrays_of_other_files_are_remembered_only_where_they_say_nothing_
         assert found.spelling == frozenset({"Base"}) and np.all(found["w"] == number)
         gs.save(tmp_path / "b", large.astype("f4").repeat(2, axis=0) + number)
         assert np.all(gs.load(tmp_path / "b", verify=True) == 1 + number)
-    kept = [like.before for like in likeness.likes.values()]
+    kept = [part for like in likeness.likes.values() for part in like.parts]
     assert kept and not any(b"Main" in octets or b"backref" in octets for octets in kept)
 
 

@@ -1,0 +1,78 @@
+"""Nodes of objects alike -> objects: the first is lifted, the others are made after it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+
+from gpustore import flux, specs
+from gpustore.eras import StructKind
+from gpustore.julia import JuliaType, Symbol
+from gpustore.rows import FEWEST
+
+_SHARED = (type(None), bool, int, float, complex, str, Symbol, JuliaType, StructKind)
+
+
+def lift_alike(lifter: Any, nodes: Collection[Any], path_of: Callable[[int], str]) -> None:
+    """Lift objects of which many are alike into the memo, if they are of plain attributes.
+
+    `path_of(index)` is the path of one of the nodes.
+    """
+    if not lifter.alike or len(nodes) < FEWEST:
+        return
+    groups: defaultdict[int, list[tuple[int, Any]]] = defaultdict(list)
+    for index, node in enumerate(nodes):
+        like = lifter.alike.get(id(node))
+        if like is not None and id(node) not in lifter.memo:
+            groups[id(like)].append((index, node))
+    for group in groups.values():
+        if len(group) >= FEWEST:
+            indices, members = zip(*group, strict=True)
+            first = lifter.value(members[0], path_of(indices[0]))
+            made = _clones(lifter, first, members)
+            lifter.memo.update(zip(map(id, members), made, strict=False))
+
+
+def _clones(lifter: Any, first: Any, nodes: Sequence[Any]) -> list[Any]:
+    """Return objects as `first` is, which was made of the first node: none where they cannot be."""
+    cls, kind, own = type(first), flux.kind_of(first), nodes[0]
+    if kind is None or kind.cls is not cls or not hasattr(first, "__dict__"):
+        return []
+    if list(own) != ["tag", "type", "data"] or type(own["data"]) is not list:
+        return []
+    attributes, columns = dict(vars(first)), {}
+    for name, value in attributes.items():
+        if type(value) is np.ndarray and name in kind.fields:
+            column = _arrays(lifter, [node["data"][kind.fields.index(name)] for node in nodes])
+            if column is None or column[0] is not value:
+                return []
+            columns[name] = column
+        elif not (type(value) in _SHARED or _is_known(value)):
+            return []
+    made = [first]
+    for index in range(1, len(nodes)):
+        one = object.__new__(cls)
+        held = one.__dict__
+        held.update(attributes)
+        for name, column in columns.items():
+            held[name] = column[index]
+        made.append(one)
+    return made
+
+
+def _arrays(lifter: Any, nodes: list[Any]) -> list[Any] | None:
+    """Return the arrays of these nodes, if they have been, or can be, lifted at once."""
+    known = lifter.memo.get
+    if known(id(nodes[-1])) is None:
+        specs.lift_alike(lifter, nodes)
+    arrays = [known(id(node)) for node in nodes]
+    return arrays if {*map(type, arrays)} == {np.ndarray} else None
+
+
+def _is_known(value: Any) -> bool:
+    """Whether a value is one of this package's functions, of which there is only one each."""
+    return isinstance(value, FunctionType) and flux.function_name(value) is not None
