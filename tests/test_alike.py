@@ -1,0 +1,177 @@
+"""Objects alike: written and read at once, as each would be by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_rows import LAYOUTS, outcome, plainly
+
+import gpustore as gs
+from gpustore import document, testing
+from gpustore.errors import FormatError
+from gpustore.julia import JuliaType, Struct, Symbol
+from gpustore.lift import Lifter
+from gpustore.lower import Lowerer
+
+
+@gs.model_type("Main.Block")
+@dataclass
+class Block:
+    weight: Any
+    scale: Any
+    note: Any = None
+
+
+def dense(number: int, shape: tuple[int, int] = (3, 4)) -> gs.Dense:
+    weight = np.full(shape, number, "f4", order="F")
+    return gs.Dense(weight, np.full(shape[0], -number, "f4"), gs.relu)
+
+
+def written(path, value, layout="inline", *, is_plain=False):
+    with pytest.MonkeyPatch.context() as patch:
+        if is_plain:
+            plainly(patch)
+        gs.save(path, value, durable=False, layout=layout)
+    return path.read_bytes()
+
+
+def counted(monkeypatch, cls, name):
+    """Return the list of what a method is called with from now on."""
+    calls, plain = [], getattr(cls, name)
+
+    def method(self, *given):
+        calls.append(given)
+        return plain(self, *given)
+
+    monkeypatch.setattr(cls, name, method)
+    return calls
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_alike_are_written_and_made_at_once(tmp_path, monkeypatch, layout):
+    path, layers = tmp_path / "a", [dense(number) for number in range(100)]
+    lowered = counted(monkeypatch, Lowerer, "instance")
+    lifted = counted(monkeypatch, Lifter, "instance")
+    gs.save(path, model=gs.Chain(*layers), layout=layout)
+    model = gs.load(path, "model", verify=True)
+    for layer, made in zip(layers, model.layers, strict=True):
+        assert np.array_equal(made.weight, layer.weight) and np.array_equal(made.bias, layer.bias)
+        assert made.weight.flags.f_contiguous and made.weight.flags.writeable
+        assert made.σ is gs.relu and vars(made).keys() == vars(model.layers[0]).keys()
+    assert len({id(made) for made in model.layers}) == 100
+    assert len(lowered) < 5 and len(lifted) < 30
+    assert written(path, {"model": model}, layout) == written(path, {"model": model}, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_whose_kinds_alternate_are_made_at_once(tmp_path, monkeypatch, layout):
+    kinds = [dense, lambda n: dense(n, (2, 5)), lambda n: gs.BatchNorm(3 + n % 2)]
+    layers = [kinds[number % 3](number) for number in range(200)]
+    path = tmp_path / "a"
+    lifted = counted(monkeypatch, Lifter, "instance")
+    gs.save(path, model=gs.Chain(*layers), layout=layout)
+    assert path.read_bytes() == written(
+        tmp_path / "b", {"model": gs.Chain(*layers)}, layout, is_plain=True
+    )
+    model = gs.load(path, "model", verify=True)
+    testing.assert_same(model, gs.Chain(*layers))
+    assert len(lifted) < 100
+
+
+VALUES = st.sampled_from(
+    [True, 1, 1.0, -0.0, 0.0, 0, float("nan"), None, "a", Symbol("a"), gs.relu, gs.tanh, 2**70,
+     np.float32(1), (1, 2), JuliaType.named("Core.Any")]
+)  # fmt: skip
+
+
+@given(st.lists(VALUES, min_size=12, max_size=40), st.sampled_from(LAYOUTS), st.data())
+def test_objects_are_written_as_each_would_be(tmp_path_factory, notes, layout, data):
+    """What differs in more than the values of arrays is told apart, and what is shared is kept."""
+    folder, count = tmp_path_factory.getbasetemp(), len(notes)
+    notes = data.draw(st.sampled_from([notes, notes[:1] * count]))
+    weights = [np.full((2, 3), number, "f4") for number in range(count)]
+    for _ in range(data.draw(st.integers(0, 2))):
+        one, other = data.draw(st.tuples(*[st.integers(0, count - 1)] * 2))
+        weights[one] = weights[other]
+    kind = data.draw(st.sampled_from(["block", "dict", "dense", "nested"]))
+    scales = [np.full(2, number) for number in range(count)]
+    rows = [*zip(weights, scales, notes, strict=True)]
+    if kind == "block":
+        objects = [Block(*row) for row in rows]
+    elif kind == "nested":
+        objects = [Block({"of": weight}, scale, note) for weight, scale, note in rows]
+    elif kind == "dense":
+        objects = [gs.Dense(weight, scale.astype("f4")) for weight, scale, _ in rows]
+    else:
+        objects = [{"weight": row[0], "scale": row[1], row[2] and "note": row[2]} for row in rows]
+    if data.draw(st.booleans()):
+        objects[-1] = objects[0]
+    value = {"objects": objects, "again": weights[:1], "layer": dense(1)}
+    value["layer"].weight = weights[-1]
+    fast = written(folder / "fast", value, layout)
+    assert fast == written(folder / "plain", value, layout, is_plain=True)
+    found = outcome(folder / "fast")
+    with pytest.MonkeyPatch.context() as patch:
+        plainly(patch)
+        assert found == outcome(folder / "fast")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("slot_nbytes", [600, 4000])
+def test_each_bit_of_an_object_among_others_alike(tmp_path, monkeypatch, layout, slot_nbytes):
+    monkeypatch.setattr(document, "SLOT_NBYTES", slot_nbytes)
+    path = tmp_path / "damaged"
+    whole = written(path, {"model": gs.Chain(*map(dense, range(26)))}, layout)
+    first = whole.index(b"\x0314\0") + 4
+    stop = whole.index(b"\x0315\0", first)
+    for byte in [*range(first - 4, first + 40), *range(first + 40, stop + 4, 7)]:
+        changed = bytearray(whole)
+        changed[byte] ^= 1 << byte % 8
+        path.write_bytes(changed)
+        found = outcome(path)
+        with monkeypatch.context() as patch:
+            plainly(patch)
+            assert found == outcome(path), byte
+
+
+def test_objects_alike_share_nothing_that_can_be_changed(tmp_path):
+    blocks = {f"b{n}": {"w": np.full(3, n), "sizes": [1, 2], "x": {"y": n}} for n in range(10, 400)}
+    gs.save(tmp_path / "a", blocks=blocks)
+    found = gs.load(tmp_path / "a", "blocks")
+    found["b50"]["sizes"].append(3)
+    found["b50"]["x"]["y"] = None
+    found["b50"]["w"] += 1
+    changed = [name for name, block in found.items() if block["sizes"] != [1, 2]]
+    assert changed == ["b50"]
+    assert [name for name in blocks if found[name]["x"] != blocks[name]["x"]] == ["b50"]
+    assert [name for name in blocks if (found[name]["w"] != blocks[name]["w"]).any()] == ["b50"]
+
+
+def test_an_object_that_is_refused_is_named_where_others_are_alike(tmp_path):
+    """The first of those that are made at once is not the first of all."""
+    good = Struct(JuliaType.named("Flux.Dense"), [np.ones((3, 2)), np.ones(3), gs.relu])
+    bad = Struct(JuliaType.named("Flux.Dense"), ["weight", np.ones(3), gs.relu])
+    found = {"first": good} | {
+        f"a{n}": Struct(bad.type, [*bad.data[:1], np.full(3, n), gs.relu]) for n in range(10, 400)
+    }
+    gs.save(tmp_path / "a", layers=found)
+    with pytest.raises(FormatError, match=r"layers\['a10'\]\.weight: a str is out of place"):
+        gs.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_layers_alike_stay_where_they_lie(tmp_path, layout):
+    layers = [dense(number, (200, 100)) for number in range(30)]
+    gs.save(tmp_path / "a", model=gs.Chain(*layers), layout=layout)
+    for _ in range(3):
+        model = gs.load(tmp_path / "a", "model", verify=True)
+        testing.assert_same(model, gs.Chain(*layers))
+        assert not model.layers[20].weight.flags.owndata
+    with gs.open_file(tmp_path / "a") as stored:
+        assert len(stored.arrays) == 60 and stored.verify()
+        testing.assert_same(stored["model"], model)
