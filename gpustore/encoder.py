@@ -200,9 +200,8 @@ class Encoder:
     def in_likeness(self, keys: list[bytes], values: list[Filled]) -> None:
         """Encode objects in the likeness of their templates."""
         befores: list[bytes | bytearray] = []
-        contents: list[Any] = []
         position, behind = self.position(), b""
-        for key, (template, parts) in zip(keys, values, strict=True):
+        for key, (template, _) in zip(keys, values, strict=True):
             form = len(key), position % 64
             known = template.inline.get(form)
             if known is None:
@@ -210,9 +209,9 @@ class Encoder:
             own, after, nbytes = known
             befores.append(b"%b\x03%b%b" % (behind, key, own[0]))
             befores += own[1:]
-            contents += [content for _, content in parts]
             position += nbytes
             behind = after
+        contents = [content for _, parts in values for _, content in parts]
         self.batched(befores, contents, behind, position)
 
     def close(self) -> None:
@@ -257,7 +256,7 @@ class DetachedEncoder(Encoder):
 
     def in_likeness(self, keys: list[bytes], values: list[Filled]) -> None:
         for template in {template for template, _ in values}:
-            if template.detached is None:
+            if not template.detached[0]:
                 template.detached = _detached(template)
         self.batch = self.batch or Batch()
         self.segment += self.batch.add_filled(keys, values, len(self.segment))

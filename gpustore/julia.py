@@ -87,7 +87,9 @@ class JuliaType(_Hashed):
             return False
         # Val{1} is not Val{true}
         pairs = zip(self.params, other.params, strict=False)
-        return len(self.params) == len(other.params) and all(is_equal(a, b) for a, b in pairs)
+        return len(self.params) == len(other.params) and all(
+            a is b or is_equal(a, b) for a, b in pairs
+        )
 
     def __hash__(self) -> int:
         try:  # worked out once: types are the keys that writing looks up

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from itertools import chain, repeat
+from itertools import accumulate, chain, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,7 +113,7 @@ class Template:
         # behind the last one, and the nbytes of it all from the key on
         self.inline: dict[tuple[int, int], tuple[list[bytes], bytes, int]] = {}
         # all of it, with zeros where offsets and digests belong, and where offsets do
-        self.detached: tuple[bytes, list[int]] | None = None
+        self.detached: tuple[bytes, list[int]] = b"", []
 
 
 class Filled(NamedTuple):
@@ -168,17 +168,16 @@ class Batch:
 
     def add_filled(self, keys: list[bytes], values: list[Filled], start: int) -> bytes:
         """Take in the arrays of objects as `add_detached` does, and return the elements."""
-        elements: list[bytes] = []
-        at = start
-        for key, (template, parts) in zip(keys, values, strict=True):
-            assert template.detached is not None
-            whole, places = template.detached
-            at += 1 + len(key)
-            self.at += [at + place for place in places]
-            at += len(whole)
-            elements += (b"\x03", key, whole)
-            self.arrays += [content for _, content in parts]
-        return b"".join(elements)
+        wholes = [template.detached for template, _ in values]
+        sizes = [1 + len(key) + len(whole) for key, (whole, _) in zip(keys, wholes, strict=True)]
+        starts = accumulate(sizes, initial=start)
+        self.at += [
+            at + 1 + len(key) + place
+            for at, key, (_, places) in zip(starts, keys, wholes, strict=False)
+            for place in places
+        ]
+        self.arrays += [content for _, parts in values for _, content in parts]
+        return _joined(repeat(b"\x03"), keys, [whole for whole, _ in wholes])
 
     def detached(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield the payloads, each aligned to 64, and the zeros between them."""

@@ -79,17 +79,21 @@ def survey(root: Any) -> Survey:
     while level:
         fresh = {id(node): node for node in level if type(node) not in _LEAVES}
         nodes = [node for key, node in fresh.items() if key not in seen]
-        seen |= fresh.keys()
+        seen.update(fresh)
         by_class: defaultdict[type, list[Any]] = defaultdict(list)
         for node in nodes:
             by_class[type(node)].append(node)
         level = []
         for cls, members in by_class.items():
             column_major.update(_column_major(cls, members))
+            if len(members) >= FEWEST:
+                found = _forms(cls, members)
+                forms |= found
+                # nothing is below those, and one of each form says what spelling there is
+                told = {found.get(id(node), id(node)): node for node in members}
+                members = [*told.values()] if found else members
             if spelling is None:
                 spelling = next(filter(None, map(_spelling_of, members)), None)
-            if len(members) >= FEWEST:
-                forms.update(_forms(cls, members))
             level += _below(cls, members)
     return Survey(column_major, spelling or frozenset(), forms)
 
@@ -112,13 +116,14 @@ def _column_major(cls: type, nodes: list[Any]) -> Iterable[int]:
         return [id(array) for node in own for _, array in tree.arrays(tree.walk(node))]
     if not flux.rows_of(cls):
         return ()
-    kinds = map(flux.kind_of, nodes)
-    return [
-        id(getattr(node, name, None))
-        for kind, node in zip(kinds, nodes, strict=True)
-        if kind is not None and kind.is_layer
-        for name in kind.fields
-    ]
+    kinds = [*map(flux.kind_of, nodes)]
+    ids: set[int] = set()
+    for kind in {id(kind): kind for kind in kinds}.values():
+        if kind is not None and kind.is_layer:
+            own = [node for node, other in zip(nodes, kinds, strict=True) if other is kind]
+            for name in kind.fields:
+                ids.update(map(id, [getattr(node, name, None) for node in own]))
+    return ids
 
 
 def _spelling_of(node: Any) -> frozenset[str] | None:

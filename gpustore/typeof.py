@@ -88,7 +88,7 @@ def type_of(value: Any) -> Any:
     if type(value) in (dict, Entries):
         return _SYMBOL_DICT if dictionaries.is_document(value) else dictionaries.DICT
     if type(value) is tuple:
-        return _named("Core.Tuple", *map(type_of, value))
+        return _tuple_type(value)
     if isinstance(value, (JuliaDict, JuliaSet)):
         return value.julia_type
     if isinstance(value, DataFrame):
@@ -101,6 +101,15 @@ def type_of(value: Any) -> Any:
         return _tracked_type(value)
     function = flux.function_name(value)
     return _instance_type(value) if function is None else _function_type(function)
+
+
+def _tuple_type(value: tuple[Any, ...]) -> JuliaType:
+    known, forms = _remembered.types or {}, _remembered.forms
+    own = (known.get(forms.get(id(part))) for part in value)
+    parts = zip(own, value, strict=True)
+    return _named(
+        "Core.Tuple", *[type_of(part) if found is None else found[1] for found, part in parts]
+    )
 
 
 def _number_type(value: Any) -> JuliaType:
