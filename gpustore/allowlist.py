@@ -34,7 +34,7 @@ from gpustore.broadcasting import (
     whole,
 )  # fmt: skip
 from gpustore.errors import OpaqueCodeError
-from gpustore.flux import FUNCTIONS
+from gpustore.flux import known_functions
 from gpustore.julia import Struct
 from gpustore.reductions import elementwise, reduction, spread
 from gpustore.semantics import COLON, array, getindex, items, length, shape_of, size
@@ -366,7 +366,7 @@ def _table() -> dict[str, Function]:
     table["identity"] = Function("identity", activations.identity, activations.identity)
     table |= {name: elementwise(name, each) for name, each in _ELEMENTWISE.items()}
     table |= {name: Function(name, each, each) for name, each in _WHOLE_TOO.items()}
-    for name, function in FUNCTIONS.items():
+    for name, function in known_functions().items():
         bare = name.rpartition("#")[2]
         if bare not in table and name.startswith("NNlib"):
             table[bare] = Function(bare, _of_reals(function), _of_reals(function))
@@ -386,7 +386,7 @@ def _no_constructor(*args: Any) -> Any:
 TABLE = _table()
 BY_TWIN = {
     function: TABLE[name.rpartition("#")[2]]
-    for name, function in FUNCTIONS.items()
+    for name, function in known_functions().items()
     if name.rpartition("#")[2] in TABLE
 }  # the table's functions by the Python ones that stand for them in models
 CONSTANTS = {

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from gpustore import flux, specs
-from gpustore.eras import StructKind
 from gpustore.julia import JuliaType, Symbol
+from gpustore.kinds import StructKind
 from gpustore.rows import FEWEST
 
 _SHARED = (type(None), bool, int, float, complex, str, Symbol, JuliaType, StructKind)

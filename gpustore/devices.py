@@ -32,7 +32,7 @@ _OTHER_TYPES = {
 # cudaError_t of driver_types.h: cudaErrorInsufficientDriver; cudaErrorNoDevice, ...InvalidDevice.
 _INSUFFICIENT_DRIVER, _NO_DEVICE = 35, (100, 101)
 
-_DEVICE_NAME = re.compile(r"cpu|cuda(:(0|[1-9][0-9]{0,2}))?")
+_DEVICE_NAME = r"cuda(:(0|[1-9][0-9]{0,2}))?"
 _INSTALL = "run pip install 'gpustore[cuda12]' (or 'gpustore[cuda13]', as the NVIDIA driver is)"
 
 # What libraries raise when an array cannot be exported or has a dtype that the other side lacks.
@@ -110,7 +110,7 @@ def parse_device(name: str) -> str:
     >>> parse_device("cuda:1")
     'cuda:1'
     """
-    if not isinstance(name, str) or (name != "cpu" and not _DEVICE_NAME.fullmatch(name)):
+    if not isinstance(name, str) or (name != "cpu" and not re.fullmatch(_DEVICE_NAME, name)):
         raise UnsupportedValueError(
             f"device: expected 'cpu', 'cuda' or 'cuda:N' with N from 0 to 999, found {name!r}"
         )

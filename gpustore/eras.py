@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
@@ -26,46 +25,7 @@ from gpustore import (
     tree,
 )
 from gpustore.julia import JuliaType, Struct, Symbol
-
-Param = str | Callable[[Any], Any]
-Kind = tuple[type, ...] | Callable[[Any], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class StructKind:
-    """How a class is written: Julia `name`, `fields` in file order, type parameters.
-
-    `params` are names of fields whose types parametrise the Julia type, or functions that give a
-    parameter from the object. `is_layer`: arrays directly in it are written column-major, as
-    Flux's own constructors hold them. `since` is the first Flux that writes this layout.
-    `from_type`: attributes that the file holds as parameters of the type, by position.
-    `written`: fields whose value is worked out from the object where it has none; `turned`: fields
-    that are written as what this makes of their value. `becomes` gives the object of another class
-    that is written in the place of one whose own struct is no more; `until` is the first Flux
-    without such a struct.
-    """
-
-    cls: type
-    name: str
-    fields: tuple[str, ...]
-    params: tuple[Param, ...] = ()
-    is_layer: bool = False
-    kinds: tuple[tuple[str, Kind], ...] = ()  # what a file may hold in a field
-    since: str = "0"
-    from_type: tuple[tuple[str, int], ...] = ()
-    written: tuple[tuple[str, Callable[[Any], Any]], ...] = ()
-    turned: tuple[tuple[str, Callable[[Any], Any]], ...] = ()
-    becomes: Callable[[Any], Any] | None = None
-    until: str = ""
-
-    def accepts(self, field: str, value: Any) -> bool:
-        """Whether a file may hold `value` in this field."""
-        for name, kind in self.kinds:
-            if name == field and not (
-                isinstance(value, kind) if isinstance(kind, tuple) else kind(value)
-            ):
-                return False
-        return True
+from gpustore.kinds import Kind, Param, StructKind
 
 
 def _row(

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any, TypeVar
 
 import numpy as np
 
-from gpustore import activations, convolution, functions, tree
-from gpustore.eras import TABLE, StructKind
+from gpustore import tree
 from gpustore.errors import UnsupportedValueError
-from gpustore.layers import plain
+from gpustore.kinds import StructKind, field_names
 from gpustore.notebook import html_tree
 
 _Class = TypeVar("_Class", bound=type)
@@ -37,25 +37,67 @@ def _show(cls: Any) -> None:
 
 _KINDS: dict[tuple[str, int], list[StructKind]] = {}
 _ROWS: dict[type, list[StructKind]] = {}
-for _kind in sorted(TABLE, key=lambda kind: version_of(kind.since)):
-    if _kind.becomes is None:
-        _KINDS.setdefault((_kind.name, len(_kind.fields)), []).append(_kind)
-    _ROWS.setdefault(_kind.cls, []).append(_kind)
-for _cls in (tree.TrackedArray, tree.Params):
-    _ROWS[_cls].reverse()
-    _show(_cls)
-NAMES = {kind.name for kind in TABLE}  # of structs that have a class here
-_OF_FLUX = frozenset(NAMES)
-
-_BASE_FUNCTIONS = ("identity", "tanh", "exp", "log", "sqrt", "sin", "cos", "abs", "abs2", "sign")
-_JOINING = {
-    "Base.#+": functions.add, "Base.#-": functions.subtract, "Base.#*": functions.multiply,
-    "Base.#vcat": functions.vcat, "Base.#hcat": functions.hcat, "Base.#max": functions.maximum_of,
-    "Base.#min": functions.minimum_of, "Base.#maximum": functions.maximum,
-    "Base.#minimum": functions.minimum, "Base.#sum": functions.total,
-    "Statistics.#mean": functions.mean, "Flux.#flatten": functions.flatten,
-    "Flux.#normalise": functions.normalise,
+_OF_FLUX: dict[str, bool] = {}  # names in the table
+_PACKAGES = ("Flux.", "Tracker.", "Zygote.")  # of these names
+_REGISTERED: set[str] = set()  # by users
+_FUNCTIONS: dict[str, Callable[..., Any]] = {}  # by the names of their Julia types
+_FUNCTION_NAMES: dict[Any, str] = {
+    np.add: "Base.#+", operator.add: "Base.#+", np.subtract: "Base.#-", operator.sub: "Base.#-",
+    np.matmul: "Base.#*", operator.matmul: "Base.#*",
 }  # fmt: skip
+for _cls in (tree.TrackedArray, tree.Params):
+    _show(_cls)
+
+
+def _is_of_package(module: Any) -> bool:
+    """Whether the table is to be looked at for what is of this module: none of others is there."""
+    return not _OF_FLUX and str(module).startswith("gpustore.")
+
+
+def _fill() -> None:
+    """Import the layers and the table of them: 15 ms, for models and files that have some."""
+    from gpustore.eras import TABLE
+
+    kinds: dict[tuple[str, int], list[StructKind]] = {}
+    rows: dict[type, list[StructKind]] = {}
+    for kind in sorted(TABLE, key=lambda kind: version_of(kind.since)):
+        if kind.becomes is None:
+            kinds.setdefault((kind.name, len(kind.fields)), []).append(kind)
+        rows.setdefault(kind.cls, []).append(kind)
+    for cls in (tree.TrackedArray, tree.Params):
+        rows[cls].reverse()
+    functions = _function_table()
+    for name, function in functions.items():
+        if name.endswith("#" + function.__name__) or function not in _FUNCTION_NAMES:
+            _FUNCTION_NAMES[function] = name
+    _KINDS.update(kinds)
+    _ROWS.update(rows)
+    _FUNCTIONS.update(functions)
+    _OF_FLUX.update(dict.fromkeys((kind.name for kind in TABLE), True))  # last: it says all is
+
+
+def known_functions() -> Mapping[str, Callable[..., Any]]:
+    """Return the functions that stand for Julia's, by the names of the types of those."""
+    if not _OF_FLUX:
+        _fill()
+    return _FUNCTIONS
+
+
+def _function_table() -> dict[str, Callable[..., Any]]:
+    from gpustore import activations
+    from gpustore import functions as own
+
+    base = ("identity", "tanh", "exp", "log", "sqrt", "sin", "cos", "abs", "abs2", "sign")
+    nnlib = [name for name in activations.__all__ if name not in base]
+    table = {f"NNlib.#{name}": getattr(activations, name) for name in nnlib}
+    table |= {f"Base.#{name}": getattr(activations, name) for name in base}
+    return table | {
+        "Base.#+": own.add, "Base.#-": own.subtract, "Base.#*": own.multiply,
+        "Base.#vcat": own.vcat, "Base.#hcat": own.hcat, "Base.#max": own.maximum_of,
+        "Base.#min": own.minimum_of, "Base.#maximum": own.maximum, "Base.#minimum": own.minimum,
+        "Base.#sum": own.total, "Statistics.#mean": own.mean, "Flux.#flatten": own.flatten,
+        "Flux.#normalise": own.normalise, "MLUtils.#flatten": _moved(own.flatten),
+    }  # fmt: skip
 
 
 def _moved(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,21 +110,9 @@ def _moved(function: Callable[..., Any]) -> Callable[..., Any]:
     return moved
 
 
-def _function_table() -> dict[str, Callable[..., Any]]:
-    nnlib = [name for name in activations.__all__ if name not in _BASE_FUNCTIONS]
-    table = {f"NNlib.#{name}": getattr(activations, name) for name in nnlib}
-    table |= {f"Base.#{name}": getattr(activations, name) for name in _BASE_FUNCTIONS}
-    return table | _JOINING | {"MLUtils.#flatten": _moved(functions.flatten)}
-
-
-FUNCTIONS = _function_table()  # by the names of their Julia types
-_FUNCTION_NAMES: dict[Any, str] = {
-    np.add: "Base.#+", operator.add: "Base.#+", np.subtract: "Base.#-", operator.sub: "Base.#-",
-    np.matmul: "Base.#*", operator.matmul: "Base.#*",
-}  # fmt: skip
-for _name, _function in FUNCTIONS.items():
-    if _name.endswith("#" + _function.__name__) or _function not in _FUNCTION_NAMES:
-        _FUNCTION_NAMES[_function] = _name
+def has_class(name: str) -> bool:
+    """Whether structs of this dotted name may have a class here: of Flux, or a user's."""
+    return is_of_flux(name) or name in _REGISTERED
 
 
 def kind_named(name: str, nfields: int, nparams: int | None = None) -> StructKind | None:
@@ -90,6 +120,7 @@ def kind_named(name: str, nfields: int, nparams: int | None = None) -> StructKin
 
     Of several, the newest with that number of type parameters.
     """
+    is_of_flux(name)  # so that the table is there
     rows = _KINDS.get((name, nfields))
     if rows is None:
         return None
@@ -98,6 +129,8 @@ def kind_named(name: str, nfields: int, nparams: int | None = None) -> StructKin
 
 def is_of_flux(name: str) -> bool:
     """Whether a Julia struct of this name is in the table, not one that a user registered."""
+    if not _OF_FLUX and name.startswith(_PACKAGES):
+        _fill()
     return name in _OF_FLUX
 
 
@@ -106,9 +139,11 @@ def layouts(name: str) -> list[int]:
     return sorted({n for known, n in _KINDS if known == name})
 
 
-def rows_of(cls: type) -> tuple[StructKind, ...]:
+def rows_of(cls: type) -> Sequence[StructKind]:
     """Return the rows of a class, in the order in which its layouts came."""
-    return tuple(_ROWS.get(cls, ()))
+    if cls not in _ROWS and _is_of_package(cls.__module__):
+        _fill()
+    return _ROWS.get(cls, ())
 
 
 def kind_of(value: Any) -> StructKind | None:
@@ -116,8 +151,8 @@ def kind_of(value: Any) -> StructKind | None:
 
     That of the file it came from, or the newest of its class.
     """
-    rows = _ROWS.get(type(value))
-    if rows is None:
+    rows = _ROWS.get(type(value)) or rows_of(type(value))
+    if not rows:
         return None
     return getattr(value, "julia_kind", None) or rows[-1]
 
@@ -134,8 +169,8 @@ def in_layout(root: Any, version: str) -> Any:
         )
     copied = tree.rebuild(root, lambda node: node)
     for path, node in tree.walk_entries(copied):
-        rows = _ROWS.get(type(node))
-        if rows is None or not rows[0].is_layer or isinstance(node, tree.TrackedArray):
+        rows = rows_of(type(node))
+        if not rows or not rows[0].is_layer or isinstance(node, tree.TrackedArray):
             continue
         fitting = [row for row in rows if version_of(row.since) <= asked]
         if not fitting:
@@ -179,19 +214,24 @@ _UNHELD = ("rng", "active", "affine", "track_stats", "chs", "ε", "size")  # sai
 
 def restored(made: Any, name: Any) -> Any:
     """Return the object that `made` was written for, by the name of its class in the file."""
-    is_grouped = isinstance(made, convolution.Conv) and hasattr(plain(made.weight), "reshape")
+    from gpustore.convolution import Conv, DepthwiseConv
+    from gpustore.layers import plain
+
+    is_grouped = isinstance(made, Conv) and hasattr(plain(made.weight), "reshape")
     if name != "DepthwiseConv" or not is_grouped or plain(made.weight).shape[-1] % made.groups:
         return made
-    return convolution.DepthwiseConv.of_grouped(made)
+    return DepthwiseConv.of_grouped(made)
 
 
 def function_named(name: str) -> Callable[..., Any] | None:
     """Return the Python function for the type name of a Julia one, such as `NNlib.#relu`."""
-    return FUNCTIONS.get(name)
+    return known_functions().get(name)
 
 
 def function_name(value: Any) -> str | None:
     """Return the type name of the Julia function that a Python function stands for, or None."""
+    if type(value) is FunctionType and _is_of_package(value.__module__):
+        _fill()
     try:
         return _FUNCTION_NAMES.get(value)
     except TypeError:  # not hashable: no function
@@ -224,6 +264,7 @@ def _register(cls: _Class, name: str) -> _Class:
             "@dataclasses.dataclass first"
         )
     name = name if "." in name else f"Main.{name}"
+    is_of_flux(name)  # so that the table is there
     taken = [kind for rows in _KINDS.values() for kind in rows if kind.name == name]
     if taken and taken[0].cls.__qualname__ != cls.__qualname__:
         raise UnsupportedValueError(
@@ -232,75 +273,6 @@ def _register(cls: _Class, name: str) -> _Class:
     kind = StructKind(cls, name, fields)
     _KINDS[name, len(fields)] = [kind]
     _ROWS[cls] = [kind]
-    NAMES.add(name)
+    _REGISTERED.add(name)
     _show(cls)
     return cls
-
-
-def field_names(cls: type) -> tuple[str, ...] | None:
-    """Return the names of the fields of a dataclass or a namedtuple class, else None."""
-    if dataclasses.is_dataclass(cls):
-        return tuple(field.name for field in dataclasses.fields(cls))
-    if issubclass(cls, tuple) and hasattr(cls, "_fields"):
-        return tuple(cls._fields)
-    return None
-
-
-def is_of_optimiser(julia_type: Any) -> bool:
-    """Whether a Julia struct is an optimiser, or the state of one."""
-    name = getattr(julia_type, "name", None)
-    return isinstance(name, str) and name.startswith(("Flux.Optimise.", "Optimisers."))
-
-
-def field_names_of(julia_type: Any, nfields: int) -> tuple[str, ...] | None:
-    """Return the field names of a struct that has no class here, where they are known."""
-    name = getattr(julia_type, "name", None)
-    return FIELD_NAMES.get((name, nfields)) if isinstance(name, str) else None
-
-
-_OPTIMISERS = """
-Descent eta; Momentum eta rho velocity; Nesterov eta rho velocity; RMSProp eta rho acc;
-RMSProp eta rho epsilon acc; ADAM eta beta state; RADAM eta beta state; AdaMax eta beta state;
-OADAM eta beta state; ADAGrad eta acc; ADADelta rho state; AMSGrad eta beta state;
-NADAM eta beta state; AdaBelief eta beta state; Adam eta beta epsilon state;
-RAdam eta beta epsilon state; AdaMax eta beta epsilon state; OAdam eta beta epsilon state;
-AdaGrad eta epsilon acc; AdaDelta rho epsilon state; AMSGrad eta beta epsilon state;
-NAdam eta beta epsilon state; AdaBelief eta beta epsilon state; Optimiser os;
-InvDecay gamma state; ExpDecay eta decay step clip current;
-ExpDecay eta decay step clip start current; WeightDecay wd; ClipValue thresh; ClipNorm thresh
-"""  # of Flux.Optimise, v0.7 to v0.14
-_RULES = """
-Leaf rule state frozen; Leaf rule state; Descent eta; Momentum eta rho; Nesterov eta rho;
-RMSProp eta rho epsilon; RMSProp eta rho epsilon centred; Rprop eta ell gamma; Lion eta beta;
-ADAM eta beta epsilon; Adam eta beta epsilon; RADAM eta beta epsilon; RAdam eta beta epsilon;
-AdaMax eta beta epsilon; OADAM eta beta epsilon; OAdam eta beta epsilon; ADAGrad eta epsilon;
-AdaGrad eta epsilon; ADADelta rho epsilon; AdaDelta rho epsilon; AMSGrad eta beta epsilon;
-NADAM eta beta epsilon; NAdam eta beta epsilon; AdaBelief eta beta epsilon; WeightDecay lambda;
-SignDecay lambda; ClipGrad delta; ClipNorm omega p throw; OptimiserChain opts; AccumGrad n
-"""  # of Optimisers.jl, v0.2 to v0.4
-
-
-def _named_fields(package: str, rules: str) -> dict[tuple[str, int], tuple[str, ...]]:
-    rows = [row.split() for row in rules.split(";")]
-    return {(f"{package}.{name}", len(fields)): tuple(fields) for name, *fields in rows}
-
-
-FIELD_NAMES: dict[tuple[str, int], tuple[str, ...]] = {
-    ("Base.UnitRange", 2): ("start", "stop"),
-    ("Base.OneTo", 1): ("stop",),
-    ("Base.Slice", 1): ("indices",),
-    ("Base.StepRange", 3): ("start", "step", "stop"),
-    ("Base.StepRangeLen", 4): ("ref", "step", "len", "offset"),
-    ("Base.LinRange", 4): ("start", "stop", "len", "lendiv"),
-    ("Base.RefValue", 1): ("x",),
-    ("Base.Pair", 2): ("first", "second"),
-    ("Base.Rational", 2): ("num", "den"),
-    ("Base.TwicePrecision", 2): ("hi", "lo"),
-    ("Base.VersionNumber", 5): ("major", "minor", "patch", "prerelease", "build"),
-    ("Base.UUID", 1): ("value",),
-    ("Base.Dict", 2): ("keys", "values"),
-    ("Base.IdDict", 2): ("keys", "values"),
-    ("DataFrames.Index", 2): ("lookup", "names"),
-    **_named_fields("Flux.Optimise", _OPTIMISERS),
-    **_named_fields("Optimisers", _RULES),
-}

@@ -101,7 +101,7 @@ class Runner:
             if spelling in self.functions:
                 found = self.functions[spelling]
                 return Function(name.name, supplied(found)) if callable(found) else found
-        known = flux.FUNCTIONS.get(f"{name.module}.#{name.name}")
+        known = flux.function_named(f"{name.module}.#{name.name}")
         in_table = TABLE.get(name.name)
         package = name.module.partition(".")[0]
         is_package = package in MODULES and name.module != "Main"

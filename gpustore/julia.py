@@ -64,7 +64,7 @@ class _Hashed:
     known_weight: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class JuliaType(_Hashed):
     """The name of a Julia type, `("Core", "Array")`, and its parameters, as the file spells them.
 
@@ -182,14 +182,14 @@ def is_equal(a: Any, b: Any) -> bool:
     return a is b or (is_plain and bool(a == b))
 
 
-@dataclass(frozen=True, slots=True)
 class Source:
     """The file a value came from: its `_backrefs`, and how to read the bytes of a slot."""
 
-    name: str
-    backrefs: list[Any]
-    read: Callable[[Slot], bytes]
-    ends: dict[int, Any] = field(default_factory=dict, repr=False)  # of chains of backrefs
+    __slots__ = ("backrefs", "ends", "name", "read")
+
+    def __init__(self, name: str, backrefs: list[Any], read: Callable[[Slot], bytes]) -> None:
+        self.name, self.backrefs, self.read = name, backrefs, read
+        self.ends: dict[int, Any] = {}  # of chains of backrefs
 
     def resolve(self, node: Any, path: str) -> Any:
         """Follow backrefs (1-based into `_backrefs`) to what they stand for."""
@@ -225,7 +225,7 @@ class Source:
         return FormatError(f"{self.name}: {path or 'the file'}: {what}; the file is damaged")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class OpaqueDocument:
     """A tagged document that is kept as it came: types with free variables, modules, code."""
 
@@ -236,7 +236,7 @@ class OpaqueDocument:
         return f"OpaqueDocument({self.document.get('tag')!r})"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Struct(Shown):
     """A Julia struct with no Python twin: `data` by position, or the raw bytes of a primitive.
 
@@ -271,7 +271,7 @@ class Struct(Shown):
         return f"Struct({self.type!r}, {len(self.data)} fields)"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class OpaqueFunction:
     """A Julia function that has no Python twin, whole: named, or anonymous with its code.
 
@@ -320,7 +320,7 @@ def _anonymous_name(kept: OpaqueDocument) -> str:
     return name if isinstance(name, str) else "#anonymous"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class LostArray:
     """An array that Julia saved from the GPU: its type and shape are in the file, its values not.
 

@@ -36,7 +36,7 @@ class Slot(NamedTuple):
     nbytes: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Payload:
     """Bytes to be streamed into a file: `chunks()` yields C-contiguous buffers, `nbytes` in all.
 

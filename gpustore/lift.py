@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import clones, datatypes, flux, specs, tree, twins, wrappers
+from gpustore import clones, datatypes, flux, kinds, specs, tree, twins, wrappers
 from gpustore.document import Slot, int64
 from gpustore.dtypes import NATIVE_DTYPES
-from gpustore.eras import StructKind
 from gpustore.errors import FormatError
 from gpustore.julia import (
     PERMUTED,
@@ -28,6 +27,7 @@ from gpustore.julia import (
     Struct,
     Symbol,
 )
+from gpustore.kinds import StructKind
 from gpustore.layout import STAMP
 from gpustore.values import BARE, Entries, with_origin
 
@@ -247,7 +247,7 @@ class Lifter:
             dtype = specs.dtype_at(self, node, julia_type, path)
             return _primitive(julia_type, dtype, self.bytes_of(content))
         name = julia_type.name if isinstance(julia_type, JuliaType) else ""
-        if name in flux.NAMES:
+        if flux.has_class(name):
             return self.known(node, julia_type, content, path)
         builder = _BUILDERS.get(name)
         if builder is not None:
@@ -328,7 +328,7 @@ class Lifter:
     def unknown(self, node: dict[str, Any], julia_type: Any, content: Any, path: str) -> Struct:
         names = node.get("fields")
         if not isinstance(names, list) or len(names) != len(content):
-            names = flux.field_names_of(julia_type, len(content))
+            names = kinds.field_names_of(julia_type, len(content))
         fields: list[Any] = []
         kind = wrappers.CLASSES.get(getattr(julia_type, "name", ""), Struct)
         made = self.memo[id(node)] = kind(julia_type, fields, tuple(names) if names else None)

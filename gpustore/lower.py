@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpustore import arrays, devices, dictionaries, document, flux, templates, twins
+from gpustore import arrays, devices, dictionaries, document, flux, kinds, templates, twins
 from gpustore.document import Encoded, Payload, Slot
 from gpustore.dtypes import element_type_of
 from gpustore.errors import UnsupportedValueError
@@ -155,10 +155,10 @@ class Lowerer:
             dictionaries.lower_set(self, container, key, value, path)
         elif type(value) is tuple:
             self.tuple_of(container, key, value, path)
-        elif isinstance(value, _BUILT_IN) and flux.field_names(type(value)) is None:
+        elif isinstance(value, _BUILT_IN) and kinds.field_names(type(value)) is None:
             base: Any = next(base for base in _BUILT_IN if isinstance(value, base))
             container[key] = _BY_TYPE[base](self, base(value), path)
-        elif isinstance(value, tuple) and flux.field_names(type(value)) is None:
+        elif isinstance(value, tuple) and kinds.field_names(type(value)) is None:
             self.tuple_of(container, key, tuple(value), path)
         else:
             self.instance(container, key, value, path)
@@ -303,7 +303,7 @@ class Lowerer:
         content = value.data if isinstance(value, Struct) else value.captured
         node: dict[str, Any] = {"tag": "struct", "type": None, "data": content}
         names = value.fields if isinstance(value, Struct) else None
-        if names and names != flux.field_names_of(value.type, len(content)):
+        if names and names != kinds.field_names_of(value.type, len(content)):
             node["fields"] = list(names)
         self.place(container, key, value, node)
         self.put(node, "type", value.type, path)
@@ -330,7 +330,7 @@ class Lowerer:
             container[key]["python"] = type(value).__name__
             self.place(container, key, value, container[key])
             return
-        names = kind.fields if kind else flux.field_names(type(value))
+        names = kind.fields if kind else kinds.field_names(type(value))
         if names is None:
             raise self.refuse(path, value, _advice(value))
         parts = self.parts(value, names, path)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpustore import flux, tree
-from gpustore.eras import StructKind
 from gpustore.julia import JuliaType
+from gpustore.kinds import StructKind
 
 Span = tuple[str, str | None]  # the first version, and the one before which it ends
 _RENAMED: dict[str, Span] = {  # packages whose types say more than their fields

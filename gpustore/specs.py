@@ -25,7 +25,7 @@ from gpustore.julia import (
 from gpustore.values import JuliaArray
 
 MAX_RANK = 32
-_DEVICE_TAG = re.compile(r"cpu|cuda:(0|[1-9][0-9]{0,2})")
+_DEVICE_TAG = r"cuda:(0|[1-9][0-9]{0,2})"
 
 
 def once(lifter: Any, node: Any, path: str) -> Any:
@@ -135,7 +135,8 @@ def array_spec(lifter: Any, node: dict[str, Any], path: str) -> ArraySpec | Juli
             path, f"expected {expected} bytes for {dtype} {shape}, found {found}"
         )
     device, digest = node.get("device", "cpu"), node.get("blake3")
-    if not isinstance(device, str) or not _DEVICE_TAG.fullmatch(device):
+    is_tag = isinstance(device, str) and (device == "cpu" or re.fullmatch(_DEVICE_TAG, device))
+    if not is_tag:
         raise lifter.malformed(path, f"expected a device tag `cuda:<n>`, found {device!r}")
     if digest is not None:
         if type(digest) not in (bytes, Slot) or nbytes_of(digest) != DIGEST_NBYTES:

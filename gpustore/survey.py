@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpustore import flux, tree
-from gpustore.eras import StructKind
+from gpustore import flux, kinds, tree
 from gpustore.julia import JuliaType, Struct
+from gpustore.kinds import StructKind
 from gpustore.layout import DOUBLE
 from gpustore.rows import FEWEST
 from gpustore.small import Alike, Template
@@ -112,15 +112,15 @@ def _below(cls: Any, nodes: list[Any]) -> Iterable[Any]:
 
 def _column_major(cls: type, nodes: list[Any]) -> Iterable[int]:
     if cls is Struct:
-        own = [node for node in nodes if flux.is_of_optimiser(node.type)]
+        own = [node for node in nodes if kinds.is_of_optimiser(node.type)]
         return [id(array) for node in own for _, array in tree.arrays(tree.walk(node))]
     if not flux.rows_of(cls):
         return ()
-    kinds = [*map(flux.kind_of, nodes)]
+    rows = [*map(flux.kind_of, nodes)]
     ids: set[int] = set()
-    for kind in {id(kind): kind for kind in kinds}.values():
+    for kind in {id(kind): kind for kind in rows}.values():
         if kind is not None and kind.is_layer:
-            own = [node for node, other in zip(nodes, kinds, strict=True) if other is kind]
+            own = [node for node, other in zip(nodes, rows, strict=True) if other is kind]
             for name in kind.fields:
                 ids.update(map(id, [getattr(node, name, None) for node in own]))
     return ids
@@ -178,7 +178,7 @@ def _has_fields(node: Any, names: tuple[str, ...]) -> bool:
     if type(node) is dict:
         return True
     kind = flux.kind_of(node)
-    fields = flux.field_names(type(node)) if kind is None else kind.fields
+    fields = kinds.field_names(type(node)) if kind is None else kind.fields
     is_worked_out = kind is not None and (kind.written or kind.turned or kind.becomes)
     return not is_worked_out and fields is not None and {*fields} <= {*names}
 

@@ -162,8 +162,7 @@ def host_row(
 ) -> Any:
     """Return arrays of one dtype, shape and memory order: `host_view` of each, made at once.
 
-    They are views of one copy where the payloads are bytes or small slots, else of the buffer;
-    None for large slots that do not lie at a constant distance.
+    They are views of one copy where the payloads are bytes or small slots, else of the buffer.
     """
     in_memory = shape if order == "C" else shape[::-1]
     stacked_shape = (len(payloads), *in_memory)
@@ -184,5 +183,6 @@ def host_row(
             parts = [whole[offset : offset + nbytes] for offset in offsets]
             stacked = np.frombuffer(bytearray().join(parts), dtype).reshape(stacked_shape)
         else:
-            return None
+            each = [np.ndarray(in_memory, dtype, buffer, offset) for offset in offsets]
+            return each if order == "C" else [array.T for array in each]
     return list(stacked if order == "C" else stacked.transpose(0, *range(len(shape), 0, -1)))

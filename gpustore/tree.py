@@ -27,7 +27,7 @@ def shortened(path: str) -> str:
     return path if len(path) <= MAX_PATH else path[:MAX_PATH] + "…"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class TrackedArray:
     """An array whose gradient is tracked, as Flux had them up to 0.9 (Tracker.jl).
 

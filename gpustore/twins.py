@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import dictionaries, flux, specs
+from gpustore import dictionaries, kinds, specs
 from gpustore.dtypes import dtype_of
 from gpustore.julia import ArraySpec, JuliaType, Struct
 from gpustore.values import (
@@ -139,7 +139,7 @@ def _instant(lifter: Any, content: Any, path: str) -> int | None:
 def lift_range(lifter: Any, node: Any, julia_type: Any, content: Any, path: str) -> Any:
     """Lift a range of numbers, as Python's where that is written back the same."""
     fields = lifter.children(content, path)
-    names = flux.field_names_of(julia_type, len(fields))
+    names = kinds.field_names_of(julia_type, len(fields))
     plain = range_of(julia_type, fields)
     if plain is not None:
         return plain

@@ -18,9 +18,9 @@ import numpy as np
 from gpustore import devices, dictionaries, flux
 from gpustore.document import int64
 from gpustore.dtypes import element_type_of, extension_dtype
-from gpustore.eras import StructKind
 from gpustore.errors import UnsupportedValueError
 from gpustore.julia import JuliaType, LostArray, NamedTuple, OpaqueFunction, Struct, Symbol
+from gpustore.kinds import StructKind
 from gpustore.model_state import named_layers
 from gpustore.tree import TrackedArray
 from gpustore.values import (

@@ -38,6 +38,7 @@ ORDER = [
     "notebook",
     "julia",
     "dtypes",
+    "kinds",
     "model_state",
     "activations",
     "layers",
@@ -171,3 +172,35 @@ def test_importing_gpustore_imports_nothing_optional():
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in shown.stdout.split()}
     assert not loaded & {"cupy", "torch", "jax", "click", "rich", "hypothesis", "pytest", "bson"}
+
+
+def test_importing_gpustore_imports_no_layers_until_one_is_asked_for():
+    """Files of arrays need none; every name is there all the same."""
+    code = (
+        "import sys, gpustore; print('gpustore.eras' in sys.modules, 'gpustore.layers' in "
+        "sys.modules); from gpustore import *; print({*gpustore.__all__} <= {*dir()}, "
+        "{*gpustore.__all__} <= {*dir(gpustore)}, {*gpustore.activations.__all__} <= "
+        "{*gpustore.__all__}, Dense is gpustore.layers.Dense, hasattr(gpustore, 'Densee'))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.split() == ["False", "False", "True", "True", "True", "True", "False"]
+    assert {*gpustore.activations.__all__} == {*gpustore._LAYERS["activations"].split()}
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "gs.load(path, 'model')",
+        "gs.open_file(path)['model']",
+        "gs.save(path, gs.load(path))",
+        "print(gs.tree.TrackedArray(1)._repr_html_())",
+        "gs.save(path, gs.tree.TrackedArray(np.ones(3))); gs.load(path)",
+        "gs.save(path, function=np.add); assert gs.load(path, 'function') is gs.functions.add",
+    ],
+)
+def test_layers_are_imported_where_a_model_needs_them(tmp_path, use):
+    """In a fresh process, which has not asked for one."""
+    path = tmp_path / "model.bson"
+    gpustore.save(path, model=gpustore.Chain(gpustore.Dense(2, 2, gpustore.relu)))
+    code = f"import numpy as np, gpustore as gs, gpustore.tree; path = {str(path)!r}; {use}"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -185,7 +185,7 @@ def flux_page() -> str:
                             for n, since in counts.items())  # fmt: skip
         checked = ", ".join(sorted(seen.get(cls, ()), key=lambda v: int(v[2:])))
         lines.append(f"| {cls} | `{name}` | {layouts} | {checked} |")
-    held = sorted(name.replace("#", "") for name in flux.FUNCTIONS)
+    held = sorted(name.replace("#", "") for name in flux.known_functions())
     known = sorted([*allowlist.TABLE, *calls.SPECIAL, *allowlist.CONSTANTS])
     lines += [
         "", "## Functions", "", "Held by name in a file, as an activation or a connection:", "",
