@@ -10,6 +10,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 from operator import attrgetter
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from gpustore.values import Entries, Origin
 
 _LEAVES = frozenset((np.ndarray, str, bytes, int, float, bool, type(None)))
 _ATOMS = frozenset((str, int, bool, type(None)))
+_FUNCTIONS = frozenset((FunctionType, BuiltinFunctionType, np.ufunc))
 _layout_of = attrgetter("dtype", "shape", "strides")
 _base_of = attrgetter("base")
 
@@ -152,9 +154,11 @@ def _forms(cls: type, nodes: list[Any]) -> dict[int, Form]:
         groups[tuple(node if cls is dict else vars(node))].append(node)
     found: dict[int, Form] = {}
     for names, members in groups.items():
+        if len(members) < FEWEST or not _has_fields(members[0], names):
+            continue
         attributes = members if cls is dict else [*map(vars, members)]
         keys = [_keys([values[name] for values in attributes]) for name in names]
-        if len(members) < FEWEST or None in keys or not _has_fields(members[0], names):
+        if None in keys:
             continue
         forms: dict[Any, Form] = {}
         for member, key in zip(members, zip(*keys, strict=True), strict=True):
@@ -167,10 +171,12 @@ def _forms(cls: type, nodes: list[Any]) -> dict[int, Form]:
     return found
 
 
-def _is_usual(cls: type) -> bool:
+def _is_usual(cls: Any) -> bool:
     """Whether objects of a dataclass hold what they are in plain attributes."""
-    is_plain = hasattr(cls, "__dataclass_fields__") and "__slots__" not in vars(cls)
-    return is_plain and hasattr(cls, "__dict__") and cls.__dictoffset__ != 0
+    if not hasattr(cls, "__dataclass_fields__") or cls.__dictoffset__ == 0:
+        return False
+    found = (getattr(cls, name, None) for name in cls.__dataclass_fields__)
+    return not any(hasattr(type(own), "__set__") for own in found)  # slots and properties
 
 
 def _has_fields(node: Any, names: tuple[str, ...]) -> bool:
@@ -204,5 +210,5 @@ def _key(value: Any) -> Any:
         return kind, value
     if kind is float:
         return kind, DOUBLE.pack(value)
-    is_known = kind is JuliaType or kind is StructKind or flux.function_name(value) is not None
-    return id(value) if is_known else None
+    is_known = kind in _FUNCTIONS and flux.function_name(value) is not None
+    return id(value) if is_known or kind is JuliaType or kind is StructKind else None

@@ -142,7 +142,8 @@ def _is_constant(node: Any) -> bool:
     if type(node) is list:
         return all(map(_is_constant, node))
     if type(node) is dict:
-        return node.get("tag") != "backref" and all(map(_is_constant, node.values()))
+        may_be_met = node.get("tag") in ("backref", "datatype")  # most types are encoded
+        return not may_be_met and all(map(_is_constant, node.values()))
     return type(node) not in (SmallArray, Filled, Payload) and not hasattr(node, "__array__")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -119,6 +119,78 @@ def test_objects_are_written_as_each_would_be(tmp_path_factory, notes, layout, d
     with pytest.MonkeyPatch.context() as patch:
         plainly(patch)
         assert found == outcome(folder / "fast")
+
+
+@dataclass(slots=True)
+class Slotted:
+    weight: Any
+
+
+@dataclass
+class Derived(Slotted):
+    note: Any = None
+
+
+@dataclass
+class Scaled:
+    weight: Any
+    scale: Any
+
+    @property
+    def scale(self):
+        return self.__dict__["scale"] + 1
+
+    @scale.setter
+    def scale(self, value):
+        self.__dict__["scale"] = value
+
+
+@dataclass
+class Shared:
+    weight: Any
+    sizes = (1, 2)  # no field
+
+
+class Named(NamedTuple):
+    weight: Any
+    note: Any
+
+
+def with_more(weight: Any) -> Block:
+    block = Block(weight, 1)
+    block.cache = weight + 1
+    return block
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Slotted,
+        Derived,
+        lambda w: Scaled(w, w),
+        lambda w: Scaled(w, 1),
+        Shared,
+        lambda w: Named(w, 1),
+        with_more,
+        lambda w: Block(w, w),
+        lambda w: Block(w.view(np.ma.MaskedArray), 1) if w[0, 0] < 0 else Block(w, (1, 2)),
+        lambda w: {"tag": "mine", "weight": w},
+        lambda w: {"tag": 1.5, "data": w, "type": None, "size": [2]},
+        lambda w: {1: w},
+        lambda w: {Symbol("weight"): w} if w[0, 0] % 2 else {"weight": w},
+        lambda w: gs.Dense(w, bool(w[0, 0] % 3)),
+        lambda w: gs.BatchNorm(3),
+        lambda w: gs.Conv((2, 2), (1, 2)),
+        lambda w: gs.RNNCell(2, 3),
+        lambda w: gs.DepthwiseConv((2, 2), (2, 2)),
+        lambda w: Block(w, JuliaType.named("Core.Val", JuliaType.named("Main.T", 1.5))),
+    ],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_odd_objects_are_written_as_each_would_be(tmp_path, layout, make):
+    objects = [make(np.full((2, 3), number, "f4")) for number in range(20)]
+    fast = written(tmp_path / "fast", {"objects": objects}, layout)
+    assert fast == written(tmp_path / "plain", {"objects": objects}, layout, is_plain=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
