@@ -98,7 +98,7 @@ class Lowerer:
             self.instance(container, key, value, path)
         elif not self.is_met(container, key, value):
             form = self.forms.get(id(value))
-            if form is None or not templates.fill(self, form, container, [key], [value]):
+            if form is None or not templates.fill(self, form, container, key, value):
                 self.new(container, key, value, path)
                 if form is not None and form.template is None and form.tries > 0:
                     templates.keep(self, form, container[key], value)

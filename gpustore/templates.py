@@ -52,58 +52,76 @@ def _runs(values: list[Any], forms: Mapping[int, Any]) -> Iterator[tuple[int, in
 def _lower_run(lowerer: Any, node: Any, keys: list[Any], values: list[Any]) -> Iterator[int]:
     """Lower objects that have forms, those of one form at once; yield the indices of the rest.
 
-    The first of a form is of these until it has a template.
+    The first of a form is of these until it has a template; all are, in order, where an object, or
+    an array of one, is met twice.
     """
-    if type(node) is dict:
-        node.update(dict.fromkeys(keys))  # in this order
     groups: defaultdict[Form, list[int]] = defaultdict(list)
     for index, value in enumerate(values):
         groups[lowerer.forms[id(value)]].append(index)
+    alike = {form: _Alike(form, [values[i] for i in own]) for form, own in groups.items()}
+    ids = [number for own in alike.values() for number in own.ids]
+    if len({*ids}) < len(ids) or not lowerer.places.keys().isdisjoint(ids):
+        yield from range(len(values))
+        return
+    if type(node) is dict:
+        node.update(dict.fromkeys(keys))  # in this order
     for form, group in groups.items():
-        if form.template is None:
-            yield group.pop(0)
-        members = [keys[index] for index in group], [values[index] for index in group]
-        if group and not fill(lowerer, form, node, *members):
-            yield from group
+        first = 1 if form.template is None else 0
+        yield from group[:first]
+        if not alike[form].fill(lowerer, node, [keys[index] for index in group], first):
+            yield from group[first:]
 
 
-def fill(lowerer: Any, form: Form, node: Any, keys: list[Any], values: list[Any]) -> bool:
-    """Lower objects of one form into node[key], in the likeness of their template.
+def fill(lowerer: Any, form: Form, container: Any, key: Any, value: Any) -> bool:
+    """Lower an object into container[key] in the likeness of the template of its form.
 
-    False if they cannot be: where there is none yet, and where one of them, or of their arrays,
-    was met before.
+    False if it cannot be: where there is no template yet, and where an array of it was met before.
     """
-    template = form.template
-    if template is None:
+    if form.template is None:
         return False
-    attributes = values if type(values[0]) is dict else [*map(vars, values)]
-    columns = [[own[name] for own in attributes] for name in form.arrays]
-    ids, places = [*map(id, itertools.chain(values, *columns))], lowerer.places
-    if len({*ids}) < len(ids) or not places.keys().isdisjoint(ids):
-        return False
-    count = len(values)
-    own = [ids[start : start + count] for start in range(0, len(ids), count)]
-    small = []
-    for column, those, array in zip(columns, own[1:], form.in_template, strict=True):
-        is_as_there = set.issuperset if array.is_column_major else set.isdisjoint
-        if not is_as_there(lowerer.column_major, those):
+    alike = _Alike(form, [value])
+    is_new = lowerer.places.keys().isdisjoint(alike.ids) and len({*alike.ids}) == len(alike.ids)
+    return is_new and alike.fill(lowerer, container, [key])
+
+
+class _Alike:
+    """Objects of one form; `ids` are theirs and those of their arrays."""
+
+    def __init__(self, form: Form, values: list[Any]) -> None:
+        self.form, self.values = form, values
+        attributes = values if type(values[0]) is dict else [*map(vars, values)]
+        self.columns = [[own[name] for own in attributes] for name in form.arrays]
+        self.ids = [*map(id, itertools.chain(values, *self.columns))]
+
+    def fill(self, lowerer: Any, node: Any, keys: list[Any], first: int = 0) -> bool:
+        """Lower these, which were not met, from the `first` one on; False if they cannot be."""
+        form, count = self.form, len(self.values)
+        if form.template is None:
             return False
-        contents = column
-        if array.is_turned:
-            contents = [lowerer.make_payload(value, array.order) for value in column]
-        elif array.order == "F" and column[0].ndim > 1:
-            contents = [value.T for value in column]
-        small.append(
-            map(arrays.small_array, zip(itertools.repeat(array.alike), contents, strict=False))
-        )
-    parts = [*map(list, zip(*small, strict=True))]
-    for key, those in zip(keys, parts, strict=True):
-        node[key] = Filled(template, those)
-    places.update(zip(own[0], zip(itertools.repeat(node), keys, values, strict=False), strict=True))
-    for index, column in enumerate(columns):
-        found = zip(parts, itertools.repeat(index), column, strict=False)
-        places.update(zip(own[index + 1], found, strict=True))
-    return True
+        ids = [self.ids[start + first : start + count] for start in range(0, len(self.ids), count)]
+        columns = [column[first:] for column in self.columns]
+        small = []
+        for column, own, array in zip(columns, ids[1:], form.in_template, strict=True):
+            is_as_there = set.issuperset if array.is_column_major else set.isdisjoint
+            if not is_as_there(lowerer.column_major, own):
+                return False
+            contents = column
+            if array.is_turned:
+                contents = [lowerer.make_payload(value, array.order) for value in column]
+            elif array.order == "F":
+                contents = [value.T for value in column]
+            pairs = zip(itertools.repeat(array.alike), contents, strict=False)
+            small.append(map(arrays.small_array, pairs))
+        parts = [*map(list, zip(*small, strict=True))]
+        for key, own in zip(keys[first:], parts, strict=True):
+            node[key] = Filled(form.template, own)
+        places, values = lowerer.places, self.values[first:]
+        found = zip(itertools.repeat(node), keys[first:], values, strict=False)
+        places.update(zip(ids[0], found, strict=True))
+        for index, column in enumerate(columns):
+            found = zip(parts, itertools.repeat(index), column, strict=False)
+            places.update(zip(ids[index + 1], found, strict=True))
+        return True
 
 
 def keep(lowerer: Any, form: Form, node: Any, value: Any) -> None:
