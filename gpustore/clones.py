@@ -68,7 +68,7 @@ def _arrays(lifter: Any, nodes: list[Any]) -> list[Any] | None:
     """Return the arrays of these nodes, if they have been, or can be, lifted at once."""
     known = lifter.memo.get
     if known(id(nodes[-1])) is None:
-        specs.lift_alike(lifter, nodes)
+        specs.lift_alike(lifter, nodes[1:])  # the first one was lifted
     arrays = [known(id(node)) for node in nodes]
     return arrays if {*map(type, arrays)} == {np.ndarray} else None
 

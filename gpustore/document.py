@@ -139,6 +139,7 @@ class Parts:
     def __init__(self, scanner: Scanner, spans: dict[str, tuple[int, int, int]]) -> None:
         self._scanner, self._spans = scanner, spans
         self._decoded: dict[str, Any] = {}
+        self.alike: Mapping[int, Any] = scanner.alike  # as in Found, of what is decoded
 
     def __contains__(self, key: str) -> bool:
         return key in self._spans

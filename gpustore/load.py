@@ -261,6 +261,7 @@ class StoredFile(Mapping[str, Any]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = MappedFile.open(path)
         self.path, self.nbytes = self._file.path, self._file.nbytes
+        self._found = document.Found()
         try:
             self._parts = document.parts(self._file.buffer, name=self.path)
         except FormatError as error:
@@ -271,7 +272,7 @@ class StoredFile(Mapping[str, Any]):
 
     @functools.cached_property
     def _content(self) -> dict[str, Any]:
-        return _document(self._file)
+        return _document(self._file, self._found)
 
     def _part(self, name: str) -> dict[str, Any]:
         """Return what one entry needs of the document; the whole of it where that is not known."""
@@ -334,9 +335,11 @@ class StoredFile(Mapping[str, Any]):
         return _entries(lifter, self._content, (), self.path)
 
     def __getitem__(self, name: str) -> Any:
-        content = self._part(name)
-        lifter = Placement(self._file).lifter(content)
-        return _entries(lifter, content, (name,), self.path)[name]
+        with paused_collector():
+            content = self._part(name)
+            alike = self._found.alike or (self._parts.alike if self._parts is not None else {})
+            lifter = Placement(self._file).lifter(content, alike)
+            return _entries(lifter, content, (name,), self.path)[name]
 
     def __iter__(self) -> Iterator[str]:
         names = self._parts if self._parts is not None and "tag" not in self._parts else None

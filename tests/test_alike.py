@@ -57,7 +57,8 @@ def test_layers_alike_are_written_and_made_at_once(tmp_path, monkeypatch, layout
     path, layers = tmp_path / "a", [dense(number) for number in range(100)]
     lowered = counted(monkeypatch, Lowerer, "instance")
     lifted = counted(monkeypatch, Lifter, "instance")
-    gs.save(path, model=gs.Chain(*layers), layout=layout)
+    other = gs.Chain(*map(dense, range(90)))
+    gs.save(path, model=gs.Chain(*layers), epoch=3, other=other, layout=layout)
     model = gs.load(path, "model", verify=True)
     for layer, made in zip(layers, model.layers, strict=True):
         assert np.array_equal(made.weight, layer.weight) and np.array_equal(made.bias, layer.bias)
@@ -65,6 +66,10 @@ def test_layers_alike_are_written_and_made_at_once(tmp_path, monkeypatch, layout
         assert made.σ is gs.relu and vars(made).keys() == vars(model.layers[0]).keys()
     assert len({id(made) for made in model.layers}) == 100
     assert len(lowered) < 5 and len(lifted) < 30
+    for read in (lambda: gs.open_file(path)["model"], lambda: gs.load(path, "model", "epoch")[0]):
+        lifted.clear()
+        testing.assert_same(read(), model)
+        assert len(lifted) < 30
     assert written(path, {"model": model}, layout) == written(path, {"model": model}, layout)
 
 
