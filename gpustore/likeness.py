@@ -77,7 +77,7 @@ class Like(NamedTuple):
             return None
         pairs = zip(edges[::2], edges[1::2], strict=True)
         parts = [bytes(buffer[first:last]) for first, last in pairs]
-        is_object = node.get("tag") == "struct" and not _is_array(rows.array_in(node))
+        is_object = node.get("tag") == "struct" and not rows.is_array(rows.array_in(node))
         is_detached = any(hole.placed_nbytes is not None for hole in holes)
         own_make, is_type = make or _shared(node), make is None
         return cls(end - start, parts, holes, own_make, is_object, is_type, is_detached)
@@ -171,8 +171,8 @@ class _Maker:
         if [*node] != [*slots]:
             raise _Unlike
         tag, found = node.get("tag"), {}
-        is_array = _is_array(node)
-        is_around = tag == "struct" and _is_array(rows.array_in(node))
+        is_array = rows.is_array(node)
+        is_around = tag == "struct" and rows.is_array(rows.array_in(node))
         for key, child in node.items():
             make: Make | None
             if tag in ("array", "struct") and key in ("type", "size"):
@@ -211,10 +211,6 @@ class _Maker:
         index = len(self.holes)
         self.holes.append(hole)
         return lambda columns, count, arrays: columns[index]
-
-
-def _is_array(node: Any) -> bool:
-    return type(node) is dict and node.get("tag") == "array"
 
 
 def _shared(node: Any) -> Make:

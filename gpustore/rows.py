@@ -30,6 +30,10 @@ def array_in(node: Any) -> Any:
     return fields[0] if is_wrapped else None
 
 
+def is_array(node: Any) -> bool:
+    return type(node) is dict and node.get("tag") == "array"
+
+
 def groups(nodes: Iterable[Any]) -> list[tuple[list[Any], list[Any]]]:
     """Return nodes that share types and size, wherever they are, and the array documents in them.
 

@@ -58,9 +58,16 @@ def _is_same(octets: Any, again: bytes) -> bool:
 
 
 class Scanner:
-    def __init__(self, buffer: Any, name: str, slot_nbytes: int, origin: int = 0) -> None:
+    """Reads the documents of a buffer, which begins in the file at `origin`.
+
+    One that `is_plain` reads none in the likeness of others: such documents may hold others.
+    """
+
+    def __init__(
+        self, buffer: Any, name: str, slot_nbytes: int, origin: int = 0, *, is_plain: bool = False
+    ) -> None:
         self.buffer, self.name, self.slot_nbytes = buffer, name, slot_nbytes
-        self.origin = origin  # where in the file the buffer begins
+        self.origin, self.is_plain = origin, is_plain
         # id of a run's first node -> how many it has, and from where to where their payloads lie
         self.runs: dict[int, tuple[int, tuple[int, int] | None]] = {}
         self.is_detached = False  # whether payloads of a run lie after the document
@@ -157,7 +164,8 @@ class Scanner:
         is_alike = False  # whether the last element was read in the likeness of another
         # how many elements to look at for others alike, and until where that was done
         most, looked_at = runs.FEW, position
-        row_from, misses = position, 0  # where to look for a row again, of how many in vain
+        # where to look for a row again, of how many in vain
+        row_from, misses = limit if self.is_plain else position, 0
         while True:
             self.need(position, 1, limit)
             kind = self.buffer[position]
@@ -221,8 +229,11 @@ class Scanner:
         nbytes = INT32.unpack_from(self.buffer, start)[0]
         if not rows.FEWEST_NBYTES <= nbytes <= limit - start:
             return None
-        likes = self.likes.get(nbytes)
         end, is_of_any_file = start + nbytes, nbytes >= self.slot_nbytes == SLOT_NBYTES
+        if self.is_plain:
+            node = tagged.read(self, start, end, depth)
+            return None if node is None else (node, end, False)
+        likes = self.likes.get(nbytes)
         if likes is None and is_of_any_file and nbytes in likeness.likes:
             likes = self.likes[nbytes] = likeness.Likes(likeness.likes[nbytes])
         alike = None if likes is None else likes.read(self.buffer, start, self.like_of)
@@ -234,12 +245,14 @@ class Scanner:
             return known, end, True
         node = tagged.read(self, start, end, depth)
         # objects are read with others, by the codec, until one is found that is like another
-        is_of_use = "data" in node if node is not None else self.holds_arrays(start, end)
-        if is_of_use and (nbytes in self.likes or len(self.likes) < _MANY):
+        is_array = node is not None and rows.is_array(rows.array_in(node))
+        if (is_array or self.holds_arrays(start, end)) and (
+            nbytes in self.likes or len(self.likes) < _MANY
+        ):
             self.likes.setdefault(nbytes, likeness.Likes()).add(start, end, node)
         if node is None:
             return None
-        if is_of_any_file:
+        if is_of_any_file and is_array:
             likeness.keep_like(nbytes, lambda: self.like_of(start, end, node))
         if "data" in node:
             self.arrays.append(node)
@@ -255,11 +268,13 @@ class Scanner:
 
         `node` is what it was read as; without it, it is read here.
         """
-        own = Scanner(self.buffer, self.name, self.slot_nbytes, self.origin)
+        own = Scanner(self.buffer, self.name, self.slot_nbytes, self.origin, is_plain=True)
         own.shared = self.shared
+        again = Scanner(self.buffer, self.name, 0, self.origin, is_plain=True)
         try:
-            node = own.document(start, end, 1)[0] if node is None else node
-            slots, _ = Scanner(self.buffer, self.name, 0, self.origin).document(start, end, 1)
+            if node is None:
+                node, *_ = own.tagged_at(start, end, 1) or own.document(start, end, 1)
+            slots, _ = again.document(start, end, 1)
         except FormatError:
             return None
         are_dicts = type(node) is dict and type(slots) is dict
