@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -237,6 +238,33 @@ def arrays_that_are_almost_rows():
 def arrays_in_rows_of_four():
     """The same where each four are a row."""
     return alternating(4)
+
+
+@attack()
+def siblings_of_one_size_within_one_another():
+    """Each may be what the other is read by, and so may those in it; they differ in a text."""
+    count = itertools.count()
+
+    def pair(depth: int) -> dict[str, Any]:
+        node = struct_of("Main.Pair", blake3=bytes(32))
+        if depth == 0:
+            return node | {"text": f"{next(count):08}"}
+        return node | {"left": pair(depth - 1), "right": pair(depth - 1)}
+
+    return bson.encode({"a": pair(11)})
+
+
+@attack()
+def rows_of_rows_that_are_none():
+    """Lists of 24 documents of one size whose last bytes differ, within one another."""
+    count = itertools.count()
+
+    def rows(depth: int) -> Any:
+        if depth == 0:
+            return {"tag": "mine", "padding": "a" * 60, "last": f"{next(count):08}"}
+        return {"tag": "mine", "rows": [rows(depth - 1) for _ in range(24)]}
+
+    return bson.encode({"a": rows(3)})
 
 
 @attack(gs.IntegrityError, uses=("verified",))
