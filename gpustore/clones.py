@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore import flux, specs
+from gpustore import flux, rows, specs
 from gpustore.julia import JuliaType, Symbol
 from gpustore.kinds import StructKind
 from gpustore.rows import FEWEST
@@ -45,21 +45,26 @@ def _clones(lifter: Any, first: Any, nodes: Sequence[Any]) -> list[Any]:
     if list(own) != ["tag", "type", "data"] or type(own["data"]) is not list:
         return []
     attributes, columns = dict(vars(first)), {}
+    differing = len(lifter.alike[id(own)].holes)  # parts of the nodes
     for name, value in attributes.items():
         if type(value) is np.ndarray and name in kind.fields:
-            column = _arrays(lifter, [node["data"][kind.fields.index(name)] for node in nodes])
+            index = kind.fields.index(name)
+            column = _arrays(lifter, [node["data"][index] for node in nodes])
             if column is None or column[0] is not value:
                 return []
             columns[name] = column
+            differing -= len({"data", "blake3"} & rows.array_in(nodes[0]["data"][index]).keys())
         elif not (type(value) in _SHARED or _is_known(value)):
             return []
+    if differing:  # in what is no array
+        return []
     made = [first]
-    for index in range(1, len(nodes)):
+    for number in range(1, len(nodes)):
         one = object.__new__(cls)
         held = one.__dict__
         held.update(attributes)
         for name, column in columns.items():
-            held[name] = column[index]
+            held[name] = column[number]
         made.append(one)
     return made
 

@@ -43,6 +43,8 @@ def lift_alike(lifter: Any, nodes: Collection[Any]) -> None:
     if lifter.make_row is None or len(nodes) < rows.FEWEST:
         return
     for row, inner in rows.groups(nodes):
+        if "python" in inner[0]:  # bytes
+            continue
         spec = None
         with contextlib.suppress(FormatError):  # it is raised again where its path is known
             array_spec(lifter, inner[0], "")

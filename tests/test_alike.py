@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from gpustore.errors import FormatError
 from gpustore.julia import JuliaType, Struct, Symbol
 from gpustore.lift import Lifter
 from gpustore.lower import Lowerer
+from gpustore.values import Char, UInt128
 
 
 @gs.model_type("Main.Block")
@@ -227,6 +229,31 @@ def test_objects_alike_share_nothing_that_can_be_changed(tmp_path):
     assert changed == ["b50"]
     assert [name for name in blocks if found[name]["x"] != blocks[name]["x"]] == ["b50"]
     assert [name for name in blocks if (found[name]["w"] != blocks[name]["w"]).any()] == ["b50"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "note",
+    [
+        lambda n: 2**100 + n,
+        lambda n: -(2**64) - n,
+        lambda n: np.float32(n),
+        lambda n: np.complex64(n),
+        lambda n: complex(n, 1),
+        lambda n: bytes([n % 256]) * 3,
+        lambda n: Symbol(f"{n:04}"),
+        lambda n: datetime.date(2000, 1, 1) + datetime.timedelta(n),
+        lambda n: Char(chr(200 + n)),
+        lambda n: UInt128(n),
+        lambda n: [np.full(3, n)],
+        lambda n: np.full(4, n).astype(object).tolist(),
+    ],
+)
+def test_what_differs_beside_arrays_is_each_objects_own(tmp_path, layout, note):
+    """Such as numbers whose bytes are as many in each, of which a document is no array's."""
+    objects = [Block(np.full(3, n, "f4"), np.full(2, n), note(n)) for n in range(600)]
+    gs.save(tmp_path / "a", objects=objects, layout=layout)
+    testing.assert_same(gs.load(tmp_path / "a", "objects"), objects)
 
 
 def test_an_object_that_is_refused_is_named_where_others_are_alike(tmp_path):
