@@ -88,6 +88,8 @@ _LAYERS = {
     "composition": """
         Bilinear Embedding EmbeddingBag Maxout PairwiseFusion Parallel Scale SkipConnection
     """,
+    "correlation": "",
+    "eras": "",
     "convolution": "Conv ConvTranspose CrossCor DepthwiseConv SamePad",
     "functions": "flatten hcat normalise vcat",
     "layers": "Chain Dense glorot_normal glorot_uniform",

@@ -14,6 +14,7 @@ from gpustore.julia import JuliaType, Symbol
 from gpustore.kinds import StructKind
 from gpustore.rows import FEWEST
 
+_OF_FILE = ("julia_type", "julia_kind")  # attributes of objects of Flux
 _SHARED = (type(None), bool, int, float, complex, str, Symbol, JuliaType, StructKind)
 
 
@@ -45,6 +46,14 @@ def _clones(lifter: Any, first: Any, nodes: Sequence[Any]) -> list[Any]:
     if list(own) != ["tag", "type", "data"] or type(own["data"]) is not list:
         return []
     attributes, columns = dict(vars(first)), {}
+    if (
+        not set(kind.fields)
+        <= attributes.keys()
+        <= {*kind.fields, *_OF_FILE, *dict(kind.from_type)}
+    ):
+        return []  # a class with slots or properties
+    if any(hasattr(type(getattr(cls, name, None)), "__set__") for name in kind.fields):
+        return []
     differing = len(lifter.alike[id(own)].holes)  # parts of the nodes
     for name, value in attributes.items():
         if type(value) is np.ndarray and name in kind.fields:

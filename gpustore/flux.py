@@ -257,6 +257,7 @@ def model_type(name: str | type | None = None) -> Any:
 
 
 def _register(cls: _Class, name: str) -> _Class:
+    rows_of(cls)  # so that the table is there, if it is one of its classes
     fields = field_names(cls)
     if fields is None:
         raise UnsupportedValueError(

@@ -25,6 +25,7 @@ from gpustore.layout import (
 )
 
 OF_ONE_FILE = (b"backref", b"offset", b"Main")  # references; how a file spells modules
+_OFFSET = b"\x12offset\0"
 _HEAD_NBYTES, _LIKES = 8192, 256  # of what is kept for other files, and how many
 _SHAPES = 8  # of documents of one size, that are remembered
 _HOLES = 64  # of a document
@@ -77,10 +78,12 @@ class Like(NamedTuple):
             return None
         pairs = zip(edges[::2], edges[1::2], strict=True)
         parts = [bytes(buffer[first:last]) for first, last in pairs]
+        places = sum(hole.placed_nbytes is not None for hole in holes)
+        if sum(part.count(_OFFSET) for part in parts) != places:  # one may be in a type
+            return None
         is_object = node.get("tag") == "struct" and not rows.is_array(rows.array_in(node))
-        is_detached = any(hole.placed_nbytes is not None for hole in holes)
         own_make, is_type = make or _shared(node), make is None
-        return cls(end - start, parts, holes, own_make, is_object, is_type, is_detached)
+        return cls(end - start, parts, holes, own_make, is_object, is_type, places > 0)
 
     def read(self, buffer: Any, start: int) -> tuple[dict[str, Any], list[Any]] | None:
         """Return the document at `start` and the arrays in it; None where it is not like this."""
@@ -282,11 +285,11 @@ class Likes:
 
         `like_of(start, end, node)` makes a Like.
         """
-        if self._last is not None:
-            like = like_of(*self._last)
-            self._last = None
+        last, self._last = self._last, None
+        if last is not None:
+            like = like_of(*last)
             self._left -= 1
-            if like is not None:
+            if like is not None and not like.is_type:  # a type is shared, so in rows only
                 self.known.append(like)
         for like in self.known:
             found = like.read(buffer, start)

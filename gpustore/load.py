@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -85,11 +85,9 @@ def load(
         check = _checker(file, report) if verify else None
         arrays = Placement(file, functions, choose, is_verified=verify)
         lifter = arrays.lifter(content, found.alike)
-        if not names or content.keys() <= {*names, *RESERVED}:
-            lift_alike(lifter, found.arrays)
-            lifter.make_row = None  # there are no others
+        is_all = not names or content.keys() <= {*names, *RESERVED}
         try:
-            root = _entries(lifter, content, names, file.path)
+            root = _entries(lifter, content, names, file.path, found.arrays if is_all else ())
         except FormatError:
             if check is not None:
                 check(())
@@ -139,9 +137,21 @@ def _is_object(content: dict[str, Any]) -> bool:
     return isinstance(tag, str) and tag in TAGS
 
 
-def _entries(lifter: Lifter, content: dict[str, Any], names: tuple[str, ...], path: str) -> Any:
-    """Return the wanted entries as a dict, or the object that the file is."""
+def _entries(
+    lifter: Lifter,
+    content: dict[str, Any],
+    names: tuple[str, ...],
+    path: str,
+    arrays: Sequence[Any] = (),
+) -> Any:
+    """Return the wanted entries as a dict, or the object that the file is.
+
+    `arrays` are the nodes of all that there are, where these are known.
+    """
     try:
+        if arrays:
+            lift_alike(lifter, arrays)
+            lifter.make_row = None  # there are no others
         if not _is_object(content):
             missing = [name for name in names if name not in content or name in RESERVED]
             if not missing:

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from gpustore.layout import INT32, ROW_NBYTES, Slot
+from gpustore.layout import INT32, ROW_NBYTES
 
 _HEAD_NBYTES = 17  # of documents, by which they are told apart at first
 FEWEST_NBYTES = 50  # of a document of an array, a struct or a type
@@ -74,7 +74,3 @@ def pitch_at(buffer: Any, start: int, name_end: int, limit: int) -> int | None:
         return None
     stop = first + 4 + _HEAD_NBYTES
     return pitch if buffer[first:stop] == buffer[first + pitch : stop + pitch] else None
-
-
-def nbytes_of(binary: Any) -> int:
-    return binary.nbytes if type(binary) is Slot else len(binary)

@@ -37,7 +37,7 @@ _MANY = 256  # elements, for which reading them in rows is faster
 # what the codec raises beside its own; SystemError that of PyMongo 4.6 for a binary's subtype
 _REFUSALS = (ValueError, OverflowError, RecursionError, SystemError)
 _WHOLE_NBYTES = 8192  # smaller files are decoded whole
-_HEADED, _HEAD_NBYTES = ("array", "struct"), 4096
+_HEAD_NBYTES = 4096
 
 
 def _twice(keys: list[str]) -> str:
@@ -186,7 +186,8 @@ class Scanner:
                 if is_long and position >= looked_at:
                     alike = runs.read_run(self.buffer, position, limit, self.likes, most)
                     looked_at = alike.end
-                    most = min(4 * most, runs.MANY) if alike.nodes else runs.FEW
+                    is_whole = len(alike.nodes) == most
+                    most = min(4 * most, runs.MANY) if is_whole else runs.FEW
                     if alike.nodes:
                         self.decode_run(run, position, is_array, keys, values)
                         position = run = self.add(alike, is_array, keys, values)
@@ -297,10 +298,11 @@ class Scanner:
         for like, nodes in run.groups:
             if like.is_object:
                 self.alike.update(zip(map(id, nodes), itertools.repeat(like), strict=False))
-            if like.is_type:  # in rows only
-                self.types.add(id(nodes[0]))
-                return run.end
-        self.runs[id(run.nodes[0])] = len(run.nodes), run.placed
+        first, *_ = run.nodes
+        if run.groups[0][0].is_type:  # one node for all of a row
+            self.types.add(id(first))
+        else:
+            self.runs[id(first)] = len(run.nodes), run.placed
         self.is_detached = self.is_detached or run.placed is not None
         return run.end
 
@@ -328,8 +330,8 @@ class Scanner:
         if start == end:
             return
         run = bytes(self.buffer[start:end])
-        # a type, and a size, between the tag and the data of an array or a struct: many are alike
-        is_head = keys == ["tag"] and values[0] in _HEADED
+        # a type and a size, between the tag and the data of an array: many are alike
+        is_head = keys == ["tag"] and values[0] == "array"
         found = self.heads.get(run) if is_head else None if is_array else tagged.stamp(run)
         if found is None:
             framed = INT32.pack(len(run) + 5) + run + b"\0"

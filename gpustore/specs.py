@@ -48,9 +48,10 @@ def lift_alike(lifter: Any, nodes: Collection[Any]) -> None:
         spec = None
         with contextlib.suppress(FormatError):  # it is raised again where its path is known
             array_spec(lifter, inner[0], "")
-            spec = quick_spec(lifter, inner[0])
-            if spec is not None and inner[0] is not row[0]:
-                spec = row_major_spec(lifter.type_in(row[0], ""), spec)
+            own = quick_spec(lifter, inner[0])
+            if own is not None and inner[0] is not row[0]:
+                own = row_major_spec(lifter.type_in(row[0], ""), own)
+            spec = own
         is_row = spec is not None and _differ_in_bytes_only(inner)
         arrays = lifter.make_row(spec, [node["data"] for node in inner]) if is_row else None
         if arrays is not None:

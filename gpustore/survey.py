@@ -24,7 +24,8 @@ from gpustore.small import Alike, Template
 from gpustore.values import Entries, Origin
 
 _LEAVES = frozenset((np.ndarray, str, bytes, int, float, bool, type(None)))
-_ATOMS = frozenset((str, int, bool, type(None)))
+_ATOMS = frozenset((str, bool, type(None)))
+_CONTAINERS = (dict, list, tuple, set, frozenset, np.ndarray, str, bytes, int, float)
 _FUNCTIONS = frozenset((FunctionType, BuiltinFunctionType, np.ufunc))
 _layout_of = attrgetter("dtype", "shape", "strides")
 _base_of = attrgetter("base")
@@ -63,12 +64,13 @@ class Survey(NamedTuple):
 
     And all within optimisers, which expect the moments of a weight in the type of the weight.
     `spelling` is which of Core and Base the file these values came from calls Main's, `forms` are
-    those of objects, by id.
+    those of objects, by id. What ids were noted of is `kept` alive: a property may make it.
     """
 
     column_major: set[int]
     spelling: frozenset[str]
     forms: dict[int, Form]
+    kept: list[list[Any]]
 
 
 def survey(root: Any) -> Survey:
@@ -76,12 +78,14 @@ def survey(root: Any) -> Survey:
     seen: set[int] = set()
     column_major: set[int] = set()
     forms: dict[int, Form] = {}
+    kept: list[list[Any]] = []
     spelling = root.spelling if isinstance(root, Entries) else None
     level = [root]
     while level:
         fresh = {id(node): node for node in level if type(node) not in _LEAVES}
         nodes = [node for key, node in fresh.items() if key not in seen]
         seen.update(fresh)
+        kept.append(nodes)
         by_class: defaultdict[type, list[Any]] = defaultdict(list)
         for node in nodes:
             by_class[type(node)].append(node)
@@ -97,7 +101,7 @@ def survey(root: Any) -> Survey:
             if spelling is None:
                 spelling = next(filter(None, map(_spelling_of, members)), None)
             level += _below(cls, members)
-    return Survey(column_major, spelling or frozenset(), forms)
+    return Survey(column_major, spelling or frozenset(), forms, kept)
 
 
 def _below(cls: Any, nodes: list[Any]) -> Iterable[Any]:
@@ -154,7 +158,7 @@ def _forms(cls: type, nodes: list[Any]) -> dict[int, Form]:
         groups[tuple(node if cls is dict else vars(node))].append(node)
     found: dict[int, Form] = {}
     for names, members in groups.items():
-        if len(members) < FEWEST or not _has_fields(members[0], names):
+        if not names or len(members) < FEWEST or not _has_fields(members[0], names):
             continue
         attributes = members if cls is dict else [*map(vars, members)]
         keys = [_keys([values[name] for values in attributes]) for name in names]
@@ -174,6 +178,8 @@ def _forms(cls: type, nodes: list[Any]) -> dict[int, Form]:
 def _is_usual(cls: Any) -> bool:
     """Whether objects of a dataclass hold what they are in plain attributes."""
     if not hasattr(cls, "__dataclass_fields__") or cls.__dictoffset__ == 0:
+        return False
+    if issubclass(cls, _CONTAINERS) or cls.__getattribute__ is not object.__getattribute__:
         return False
     found = (getattr(cls, name, None) for name in cls.__dataclass_fields__)
     return not any(hasattr(type(own), "__set__") for own in found)  # slots and properties
@@ -210,5 +216,7 @@ def _key(value: Any) -> Any:
         return kind, value
     if kind is float:
         return kind, DOUBLE.pack(value)
+    if kind is int:  # many that are wider can have one hash
+        return (kind, value) if -(2**63) <= value < 2**63 else None
     is_known = kind in _FUNCTIONS and flux.function_name(value) is not None
     return id(value) if is_known or kind is JuliaType or kind is StructKind else None

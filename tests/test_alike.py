@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import bson
 import numpy as np
 import pytest
+from bson.int64 import Int64
 from hypothesis import given
 from hypothesis import strategies as st
 from test_rows import LAYOUTS, outcome, plainly
@@ -143,13 +147,12 @@ class Scaled:
     weight: Any
     scale: Any
 
-    @property
-    def scale(self):
-        return self.__dict__["scale"] + 1
 
-    @scale.setter
-    def scale(self, value):
-        self.__dict__["scale"] = value
+def _scale(self: Any) -> Any:
+    return self.__dict__["scale"] + 1
+
+
+Scaled.scale = property(_scale, lambda self, value: self.__dict__.update(scale=value))
 
 
 @dataclass
@@ -158,9 +161,44 @@ class Shared:
     sizes = (1, 2)  # no field
 
 
+SHARED_TYPE = JuliaType(("Main", "A"), (Struct(JuliaType.named("Main.B"), [1]),))
+
+
 class Named(NamedTuple):
     weight: Any
     note: Any
+
+
+@dataclass
+class Mapped(dict):
+    weight: Any
+
+    def __post_init__(self):
+        self["n"] = float(self.weight[0, 0])
+
+
+@dataclass
+class Summed:
+    weight: Any
+    norm: Any
+
+    def __getattribute__(self, name):
+        found = object.__getattribute__(self, name)
+        return float(self.weight.sum()) if name == "norm" else found
+
+
+@dataclass
+class Made:
+    one: Any
+    other: Any
+
+
+def _made(*names: str) -> property:
+    make = lambda self: [{key: np.full(3, n) for key in names} for n in range(20)]  # noqa: E731
+    return property(make, lambda self, value: None)
+
+
+Made.one, Made.other = _made("w"), _made("v", "u")
 
 
 def with_more(weight: Any) -> Block:
@@ -191,6 +229,14 @@ def with_more(weight: Any) -> Block:
         lambda w: gs.RNNCell(2, 3),
         lambda w: gs.DepthwiseConv((2, 2), (2, 2)),
         lambda w: Block(w, JuliaType.named("Core.Val", JuliaType.named("Main.T", 1.5))),
+        lambda w: Block(w, SHARED_TYPE),
+        lambda w: Mapped(w),
+        lambda w: Summed(w, 0),
+        lambda w: Made(w, w),
+        lambda w: {},
+        lambda w: {"w": w, "options": {}},
+        lambda w: gs.GlobalMeanPool(),
+        lambda w: {"w": w, "n": 2**64 + int(w[0, 0])},
     ],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -254,6 +300,108 @@ def test_what_differs_beside_arrays_is_each_objects_own(tmp_path, layout, note):
     objects = [Block(np.full(3, n, "f4"), np.full(2, n), note(n)) for n in range(600)]
     gs.save(tmp_path / "a", objects=objects, layout=layout)
     testing.assert_same(gs.load(tmp_path / "a", "objects"), objects)
+
+
+@gs.model_type("Main.Child")
+@dataclass
+class Child(Slotted):
+    note: Any = None
+
+
+def _set_weight(self, value):
+    self.__dict__["weight"] = value
+    self.__dict__["norm"] = float(value.sum())
+
+
+@gs.model_type("Main.Normed")
+@dataclass
+class Normed:
+    weight: Any
+    scale: Any
+
+
+Normed.weight = property(lambda self: self.__dict__["weight"], _set_weight)
+
+
+# object.__setattr__, by which fields are set, calls the setter of a property
+@pytest.mark.parametrize("cls", [Child, Normed])
+def test_objects_of_classes_with_slots_or_properties_are_made_whole(tmp_path, cls):
+    objects = [cls(np.full(3, n, "f4"), np.full(2, n)) for n in range(300)]
+    gs.save(tmp_path / "a", objects=objects)
+    for found, expected in zip(gs.load(tmp_path / "a", "objects"), objects, strict=True):
+        assert np.array_equal(found.weight, expected.weight)
+        assert vars(found).keys() == vars(expected).keys()
+        assert getattr(found, "norm", None) == getattr(expected, "norm", None)
+
+
+def test_bytes_alike_are_bytes(tmp_path):
+    texts = [bytes([number % 251]) * 100 for number in range(2000)]
+    gs.save(tmp_path / "a", texts=texts, padding="a" * 9000)
+    assert gs.load(tmp_path / "a", "texts") == texts
+
+
+def test_structs_alike_do_not_share_their_fields(tmp_path):
+    """What is between the tag of a document and what is large in it may be alike, too."""
+    names = [f"field{number:06}" for number in range(6000)]
+    one = {"tag": "struct", "type": TYPE, "data": [1, ARRAY], "fields": names}
+    (tmp_path / "a").write_bytes(bson.encode({"a": one, "b": one}))
+    found = gs.load(tmp_path / "a")
+    assert found["a"].data[1] is not found["b"].data[1]
+
+
+TYPE = {"tag": "datatype", "name": ["Main", "X"], "params": []}
+ARRAY = {
+    "tag": "array",
+    "type": {"tag": "datatype", "name": ["Core", "Float32"], "params": []},
+    "size": [Int64(3)],
+    "data": bytes(12),
+}
+
+
+def test_a_damaged_type_of_row_major_arrays_is_refused_of_many_too(tmp_path):
+    path = tmp_path / "a"
+    for count in (3, 2000):
+        gs.save(path, arrays=[np.full((2, 3), number, "f4") for number in range(count)])
+        octets = path.read_bytes()
+        head = b"\x02tag\0\x07\0\0\0struct\0\x03type\0"
+        first, *rest = octets.split(head)
+        rest = [part.replace(b"\x04name\0", b"\x04nane\0", 1) for part in rest]
+        path.write_bytes(head.join([first, *rest]))
+        with pytest.raises(FormatError, match="`name` of a datatype"):
+            gs.load(path)
+
+
+def test_types_that_refer_to_themselves_in_many_arrays_end_in_an_error(tmp_path):
+    kind = {**TYPE, "params": [{"tag": "backref", "ref": Int64(1)}, Int64(3)]}
+    array = {**ARRAY, "type": kind}
+    octets = bson.encode({"a": [array] * 2000, "_backrefs": [array]})
+    (tmp_path / "a").write_bytes(octets)
+    with pytest.raises(FormatError):
+        gs.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("stamped", [True, False])
+@pytest.mark.parametrize("place", [2**40, 64])
+def test_places_beside_types_are_checked(tmp_path, stamped, place):
+    """A type that holds a digest and what looks like a payload is no type that many share."""
+    kind = {**TYPE, "data": bytes(200), "blake3": bytes(32)}
+    array = {**ARRAY, "data": {"offset": Int64(place), "nbytes": Int64(12)}, "blake3": bytes(32)}
+    parts = {f"{number:04}": (kind, array)[number % 2] for number in range(600)}
+    document_of = {"a": parts, "padding": "a" * 70_000}
+    if stamped:
+        document_of["_gpustore"] = {"version": Int64(1), "layout": "detached"}
+    (tmp_path / "a").write_bytes(bson.encode(document_of))
+    with pytest.raises(FormatError):
+        gs.load(tmp_path / "a")
+
+
+def test_an_own_class_of_the_package_may_be_registered_before_its_table_is_there():
+    code = (
+        "import gpustore as gs; from gpustore import flux; gs.model_type('Main.Mine')(gs.Dense); "
+        "flux.known_functions(); print(flux.rows_of(gs.Dense)[-1].name)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "Main.Mine"
 
 
 def test_an_object_that_is_refused_is_named_where_others_are_alike(tmp_path):
