@@ -127,15 +127,16 @@ class Like(NamedTuple):
         """Return the documents at `starts`, which are like this one, and the arrays in them."""
         columns: Columns = []
         for start, stop, is_slot, placed_nbytes in self.holes:
-            octets = cut(buffer, starts, slice(start, stop))
-            if placed_nbytes is not None:
-                offsets = np.ascontiguousarray(octets).view("<i8")[:, 0].tolist()
-                columns.append(map(Slot, offsets, itertools.repeat(placed_nbytes)))
-            elif is_slot:
+            if is_slot:  # of which nothing is read
                 offsets = (np.asarray(starts, np.int64) + start).tolist()
                 columns.append(map(Slot, offsets, itertools.repeat(stop - start)))
-            else:
+                continue
+            octets = cut(buffer, starts, slice(start, stop))
+            if placed_nbytes is None:
                 columns.append(contents(octets))
+            else:
+                offsets = np.ascontiguousarray(octets).view("<i8")[:, 0].tolist()
+                columns.append(map(Slot, offsets, itertools.repeat(placed_nbytes)))
         arrays: list[Any] = []
         return [*self.make(columns, len(starts), arrays)], arrays
 
