@@ -6,6 +6,7 @@ places of them, and digests. Such documents share the types and sizes in their n
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ class Like(NamedTuple):
     """A document that was read, in whose likeness others of its size are read."""
 
     nbytes: int
-    parts: list[bytes]  # what is before, between and after the holes
+    parts: list[tuple[int, int, bytes]]  # from where to where, before and after the holes, what is
     holes: list[Hole]
     make: Make  # nodes of what is in the holes
     is_object: bool  # no array, and no struct around one
@@ -77,9 +78,9 @@ class Like(NamedTuple):
         if edges != sorted(edges) or len(holes) > _HOLES:
             return None
         pairs = zip(edges[::2], edges[1::2], strict=True)
-        parts = [bytes(buffer[first:last]) for first, last in pairs]
+        parts = [(a - start, b - start, bytes(buffer[a:b])) for a, b in pairs if a < b]
         places = sum(hole.placed_nbytes is not None for hole in holes)
-        if sum(part.count(_OFFSET) for part in parts) != places:  # one may be in a type
+        if sum(part.count(_OFFSET) for *_, part in parts) != places:  # one may be in a type
             return None
         is_object = node.get("tag") == "struct" and not rows.is_array(rows.array_in(node))
         own_make, is_type = make or _shared(node), make is None
@@ -87,11 +88,9 @@ class Like(NamedTuple):
 
     def read(self, buffer: Any, start: int) -> tuple[dict[str, Any], list[Any]] | None:
         """Return the document at `start` and the arrays in it; None where it is not like this."""
-        first = start
-        for part, hole in itertools.zip_longest(self.parts, self.holes, fillvalue=_END):
-            if buffer[first : first + len(part)] != part:
+        for first, last, part in self.parts:
+            if buffer[start + first : start + last] != part:
                 return None
-            first = start + hole.stop
         columns: Columns = []
         for own, stop, is_slot, placed_nbytes in self.holes:
             if placed_nbytes is not None:
@@ -107,12 +106,10 @@ class Like(NamedTuple):
 
     def are_like(self, buffer: Any, starts: Any) -> Any:
         """Return which of the documents of this size at `starts` are like this one."""
-        are_like, first = np.ones(len(starts), bool), 0
-        for part, hole in itertools.zip_longest(self.parts, self.holes, fillvalue=_END):
-            if part:
-                found = cut(buffer, starts, slice(first, first + len(part)))
-                are_like &= (found == np.frombuffer(part, np.uint8)).all(1)
-            first = hole.stop
+        are_like = np.ones(len(starts), bool)
+        for first, last, part in self.parts:
+            found = cut(buffer, starts, slice(first, last))
+            are_like &= (found == np.frombuffer(part, np.uint8)).all(1)
         return are_like
 
     def places(self, buffer: Any, starts: Any) -> tuple[Any, Any]:
@@ -129,19 +126,23 @@ class Like(NamedTuple):
         for start, stop, is_slot, placed_nbytes in self.holes:
             if is_slot:  # of which nothing is read
                 offsets = (np.asarray(starts, np.int64) + start).tolist()
-                columns.append(map(Slot, offsets, itertools.repeat(stop - start)))
+                columns.append(_slots(offsets, stop - start))
                 continue
             octets = cut(buffer, starts, slice(start, stop))
             if placed_nbytes is None:
                 columns.append(contents(octets))
             else:
                 offsets = np.ascontiguousarray(octets).view("<i8")[:, 0].tolist()
-                columns.append(map(Slot, offsets, itertools.repeat(placed_nbytes)))
+                columns.append(_slots(offsets, placed_nbytes))
         arrays: list[Any] = []
         return [*self.make(columns, len(starts), arrays)], arrays
 
 
-_END: Any = Hole(0, 0)
+def _slots(offsets: list[int], nbytes: int) -> Iterable[Slot]:
+    return map(_slot, zip(offsets, itertools.repeat(nbytes), strict=False))
+
+
+_slot = functools.partial(tuple.__new__, Slot)  # of a pair, faster than its name
 
 
 class _Unlike(Exception):
@@ -313,9 +314,9 @@ def keep_like(nbytes: int, like_of: Callable[[], Like | None]) -> None:
     if nbytes in likes or len(likes) >= _LIKES:
         return
     like = like_of()
-    if like is None or like.is_object or sum(map(len, like.parts)) > _HEAD_NBYTES:
+    if like is None or like.is_object or sum(len(part) for *_, part in like.parts) > _HEAD_NBYTES:
         return
-    if not any(word in part for word in OF_ONE_FILE for part in like.parts):
+    if not any(word in part for word in OF_ONE_FILE for *_, part in like.parts):
         likes[nbytes] = like
 
 

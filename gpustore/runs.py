@@ -39,12 +39,12 @@ def read_row(
     end = position + min(limit - position, ROW_NBYTES) // pitch * pitch
     starts = range(name_end + 1, end, pitch)
     starts = starts[: _count_alike(buffer, starts, pitch, like)]
-    if len(starts) < FEWEST:
-        return None
-    found = _Found(buffer, np.array(starts, np.int64))
-    found.groups.append((like, np.arange(len(starts))))
-    placed = found.place()
-    starts = starts[: found.count]
+    placed = None
+    if len(starts) >= FEWEST and like.is_detached:
+        found = _Found(buffer, np.arange(starts.start, starts.stop, starts.step))
+        found.groups.append((like, np.arange(len(starts))))
+        placed = found.place()
+        starts = starts[: found.count]
     if len(starts) < FEWEST:
         return None
     try:

@@ -298,7 +298,7 @@ class Scanner:
         for like, nodes in run.groups:
             if like.is_object:
                 self.alike.update(zip(map(id, nodes), itertools.repeat(like), strict=False))
-        first, *_ = run.nodes
+        first = run.nodes[0]
         if run.groups[0][0].is_type:  # one node for all of a row
             self.types.add(id(first))
         else:
