@@ -11,7 +11,7 @@ import numpy as np
 
 from gpustore import flux, rows, specs
 from gpustore.julia import JuliaType, Symbol
-from gpustore.kinds import StructKind
+from gpustore.kinds import StructKind, is_plain
 from gpustore.rows import FEWEST
 
 _OF_FILE = ("julia_type", "julia_kind")  # attributes of objects of Flux
@@ -41,18 +41,13 @@ def lift_alike(lifter: Any, nodes: Collection[Any], path_of: Callable[[int], str
 def _clones(lifter: Any, first: Any, nodes: Sequence[Any]) -> list[Any]:
     """Return objects as `first` is, which was made of the first node: none where they cannot be."""
     cls, kind, own = type(first), flux.kind_of(first), nodes[0]
-    if kind is None or kind.cls is not cls or not hasattr(first, "__dict__"):
+    if kind is None or kind.cls is not cls or not is_plain(cls):
         return []
     if list(own) != ["tag", "type", "data"] or type(own["data"]) is not list:
         return []
     attributes, columns = dict(vars(first)), {}
-    if (
-        not set(kind.fields)
-        <= attributes.keys()
-        <= {*kind.fields, *_OF_FILE, *dict(kind.from_type)}
-    ):
-        return []  # a class with slots or properties
-    if any(hasattr(type(getattr(cls, name, None)), "__set__") for name in kind.fields):
+    usual = {*kind.fields, *_OF_FILE, *dict(kind.from_type)}
+    if not {*kind.fields} <= attributes.keys() <= usual:
         return []
     differing = len(lifter.alike[id(own)].holes)  # parts of the nodes
     for name, value in attributes.items():

@@ -35,11 +35,12 @@ from gpustore.layout import (
     TooLong,
 )  # fmt: skip
 from gpustore.scanner import Scanner
+from gpustore.small import SmallArray
 
 __all__ = [
     "FORMAT_VERSION", "INLINE_LIMIT", "MAX_DEPTH", "MAX_NAME_NBYTES", "PAGE_ALIGNED_NBYTES",
     "PAYLOAD_DIGEST", "SLOT_NBYTES", "STRUCTURE_DIGEST", "Encoded", "Found", "Parts", "Payload",
-    "Place", "Plan", "Slot", "encode", "int64", "parts", "plan", "scan",
+    "Place", "Plan", "Slot", "depth", "encode", "int64", "parts", "plan", "scan",
 ]  # fmt: skip
 
 
@@ -80,14 +81,19 @@ def encode(node: dict[str, Any] | list[Any]) -> Encoded:
     import bson
 
     if isinstance(node, dict):
-        return Encoded(bson.encode(node), depth=_depth(node))
-    return Encoded(bson.encode({"": node})[6:-1], kind=4, depth=_depth(node))
+        return Encoded(bson.encode(node), depth=depth(node))
+    return Encoded(bson.encode({"": node})[6:-1], kind=4, depth=depth(node))
 
 
-def _depth(node: Any) -> int:
+def depth(node: Any) -> int:
+    """Return how many levels of documents and arrays a node has."""
+    if isinstance(node, SmallArray):
+        return node.alike.levels
+    if isinstance(node, Encoded):
+        return node.depth
     if not isinstance(node, (dict, list)):
         return 0
-    return 1 + max(map(_depth, node.values() if isinstance(node, dict) else node), default=0)
+    return 1 + max(map(depth, node.values() if isinstance(node, dict) else node), default=0)
 
 
 class Found:

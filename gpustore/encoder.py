@@ -56,6 +56,11 @@ class Encoder:
                 "documents, those of types counted; flatten it"
             )
 
+    def reach(self, levels: int) -> None:
+        """Refuse levels that are not entered one by one, where they are too many."""
+        self.enter(levels)
+        self.depth -= levels
+
     def position(self) -> int:
         return self.base + len(self.segment)
 
@@ -103,9 +108,7 @@ class Encoder:
             first = last
 
     def encoded(self, keys: list[bytes], nodes: list[Encoded]) -> None:
-        levels = max(node.depth for node in nodes)
-        self.enter(levels)
-        self.depth -= levels
+        self.reach(max(node.depth for node in nodes))
         pairs = zip(keys, nodes, strict=True)
         self.segment += b"".join([b"%c%b%b" % (kind, key, bson) for key, (bson, kind, _) in pairs])
 
@@ -158,8 +161,7 @@ class Encoder:
         position, behind, last = self.position(), b"", None
         for key, (alike, _) in zip(keys, values, strict=True):
             if last != (last := (alike, len(key), position % 64)):
-                self.enter(alike.levels)
-                self.depth -= alike.levels
+                self.reach(alike.levels)
                 before = alike.inline(key, position)
                 nbytes = 1 + len(key) + len(before) + alike.nbytes + alike.behind_nbytes
             befores.append(behind + b"\x03" + key + before)
@@ -187,8 +189,7 @@ class Encoder:
         parts = itertools.chain.from_iterable([value.parts for value in values])
         if {*map(type, parts)} == {SmallArray}:
             levels = max(template.levels for template in {template for template, _ in values})
-            self.enter(levels)
-            self.depth -= levels
+            self.reach(levels)
             self.in_likeness(keys, values)
             return
         for key, value in zip(keys, values, strict=True):
@@ -248,9 +249,7 @@ class DetachedEncoder(Encoder):
 
     def small_arrays(self, keys: list[bytes], values: list[SmallArray]) -> None:
         alikes, contents = zip(*values, strict=True)
-        levels = max(alike.levels for alike in {*alikes})
-        self.enter(levels)
-        self.depth -= levels
+        self.reach(max(alike.levels for alike in {*alikes}))
         self.batch = self.batch or Batch()
         self.segment += self.batch.add_detached(keys, alikes, contents, len(self.segment))
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 Param = str | Callable[[Any], Any]
 Kind = tuple[type, ...] | Callable[[Any], bool]
 
@@ -56,6 +58,19 @@ def field_names(cls: type) -> tuple[str, ...] | None:
     if issubclass(cls, tuple) and hasattr(cls, "_fields"):
         return tuple(cls._fields)
     return None
+
+
+def is_plain(cls: Any) -> bool:
+    """Whether objects of a class are what the plain attributes of a dataclass say, and no more."""
+    if not hasattr(cls, "__dataclass_fields__") or cls.__dictoffset__ == 0:
+        return False
+    if issubclass(cls, _VALUES) or cls.__getattribute__ is not object.__getattribute__:
+        return False
+    found = (getattr(cls, name, None) for name in cls.__dataclass_fields__)
+    return not any(hasattr(type(own), "__set__") for own in found)  # slots and properties
+
+
+_VALUES = (dict, list, tuple, set, frozenset, np.ndarray, str, bytes, int, float)
 
 
 def is_of_optimiser(julia_type: Any) -> bool:

@@ -25,7 +25,6 @@ from gpustore.values import Entries, Origin
 
 _LEAVES = frozenset((np.ndarray, str, bytes, int, float, bool, type(None)))
 _ATOMS = frozenset((str, bool, type(None)))
-_CONTAINERS = (dict, list, tuple, set, frozenset, np.ndarray, str, bytes, int, float)
 _FUNCTIONS = frozenset((FunctionType, BuiltinFunctionType, np.ufunc))
 _layout_of = attrgetter("dtype", "shape", "strides")
 _base_of = attrgetter("base")
@@ -149,7 +148,7 @@ def _spelling_of(node: Any) -> frozenset[str] | None:
 
 def _forms(cls: type, nodes: list[Any]) -> dict[int, Form]:
     """Return the forms of dicts or of objects of a class, of those that others are alike."""
-    if cls is not dict and not _is_usual(cls):
+    if cls is not dict and not kinds.is_plain(cls):
         return {}
     if cls is dict and not {*map(type, itertools.chain.from_iterable(nodes))} <= {str}:
         return {}
@@ -173,16 +172,6 @@ def _forms(cls: type, nodes: list[Any]) -> dict[int, Form]:
                 form = forms[key] = Form(arrays)
             found[id(member)] = form
     return found
-
-
-def _is_usual(cls: Any) -> bool:
-    """Whether objects of a dataclass hold what they are in plain attributes."""
-    if not hasattr(cls, "__dataclass_fields__") or cls.__dictoffset__ == 0:
-        return False
-    if issubclass(cls, _CONTAINERS) or cls.__getattribute__ is not object.__getattribute__:
-        return False
-    found = (getattr(cls, name, None) for name in cls.__dataclass_fields__)
-    return not any(hasattr(type(own), "__set__") for own in found)  # slots and properties
 
 
 def _has_fields(node: Any, names: tuple[str, ...]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gpustore import arrays
-from gpustore.document import Encoded, Payload
+from gpustore.document import Encoded, Payload, depth
 from gpustore.rows import FEWEST
 from gpustore.small import Filled, SmallArray, Template
 from gpustore.survey import ArrayInTemplate, Form
@@ -152,7 +152,7 @@ def keep(lowerer: Any, form: Form, node: Any, value: Any) -> None:
         found = ArrayInTemplate(holder[name].alike, order, is_turned, is_column_major)
         form.in_template.append(found)
     kept = node | {"data": [*holder]} if is_struct else dict(node)
-    form.template = Template(kept, names, _levels(kept))
+    form.template = Template(kept, names, depth(kept))
 
 
 def _is_constant(node: Any) -> bool:
@@ -163,15 +163,3 @@ def _is_constant(node: Any) -> bool:
         may_be_met = node.get("tag") in ("backref", "datatype")  # most types are encoded
         return not may_be_met and all(map(_is_constant, node.values()))
     return type(node) not in (SmallArray, Filled, Payload) and not hasattr(node, "__array__")
-
-
-def _levels(node: Any) -> int:
-    """Return how many levels of documents and arrays a node has."""
-    if type(node) is SmallArray:
-        return node.alike.levels
-    if type(node) is Encoded:
-        return node.depth
-    if type(node) not in (dict, list):
-        return 0
-    below = node.values() if type(node) is dict else node
-    return 1 + max(map(_levels, below), default=0)
