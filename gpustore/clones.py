@@ -28,7 +28,7 @@ def lift_alike(lifter: Any, nodes: Collection[Any], path_of: Callable[[int], str
     groups: defaultdict[int, list[tuple[int, Any]]] = defaultdict(list)
     for index, node in enumerate(nodes):
         like = lifter.alike.get(id(node))
-        if like is not None and id(node) not in lifter.memo:
+        if like is not None and like.is_object and id(node) not in lifter.memo:
             groups[id(like)].append((index, node))
     for group in groups.values():
         if len(group) >= FEWEST:

@@ -135,6 +135,10 @@ class Lifter:
             return known
         if len(path) > tree.MAX_PATH:
             path = tree.shortened(path)
+        like = self.alike.get(id(node))
+        if like is not None and like.lifted is not None:
+            value = self.memo[id(node)] = self.make_array(specs.like_another(like, node), path)
+            return value
         lift = TAGS.get(tag) if type(tag) is str else None
         if lift is None:
             return self.mapping(node, path)
@@ -229,7 +233,10 @@ class Lifter:
         spec = specs.array_spec(self, node, path)
         if node.get("python") == "bytes" and isinstance(spec, ArraySpec):
             return self.bytes_of(spec.payload)
-        return self.make_array(spec, path) if isinstance(spec, ArraySpec) else spec
+        if not isinstance(spec, ArraySpec):
+            return spec
+        specs.keep(self, node, spec)
+        return self.make_array(spec, path)
 
     # --- structs ---
 

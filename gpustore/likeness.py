@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,8 +50,12 @@ class Hole(NamedTuple):
     placed_nbytes: int | None = None
 
 
-class Like(NamedTuple):
-    """A document that was read, in whose likeness others of its size are read."""
+@dataclass(slots=True, eq=False)
+class Like:
+    """A document that was read, in whose likeness others of its size are read.
+
+    `lifted` is for who makes values of such documents: what is the same for all of them.
+    """
 
     nbytes: int
     parts: list[tuple[int, int, bytes]]  # from where to where, before and after the holes, what is
@@ -59,6 +64,7 @@ class Like(NamedTuple):
     is_object: bool  # no array, and no struct around one
     is_type: bool  # whether one node stands for all
     is_detached: bool  # whether there are places of payloads in it
+    lifted: Any = None
 
     @classmethod
     def of(cls, buffer: Any, start: int, end: int, node: Any, slots: Any) -> Like | None:
@@ -239,9 +245,10 @@ def _lists(node: list[Any], makes: list[Make | None]) -> Make:
 
 def _dicts(node: dict[str, Any], makes: dict[str, Make], *, is_noted: bool) -> Make:
     """Return what makes dicts like `node`, and notes them as arrays if asked to."""
+    keys, owns = [*makes], [*makes.values()]
 
     def make(columns: Columns, count: int, arrays: list[Any]) -> Iterable[Any]:
-        keys, values = [*makes], [own(columns, count, arrays) for own in makes.values()]
+        values = [own(columns, count, arrays) for own in owns]
         if len(keys) == 1:
             (key,) = keys
             made = [{**node, key: value} for value in values[0]]

@@ -75,7 +75,7 @@ class Scanner:
         self.heads: dict[bytes, dict[str, Any] | list[Any]] = {}
         self.likes: dict[int, likeness.Likes] = {}  # by the nbytes of documents
         self.arrays: list[Any] = []  # what may be, or be around, one
-        self.alike: dict[int, likeness.Like] = {}  # what objects were read like, by id
+        self.alike: dict[int, likeness.Like] = {}  # what was read like which, by id
         self.types: set[int] = set()  # ids of those that stand for many
         self.shared: dict[bytes, tuple[Any, Any]] = {}  # types, and sizes that follow them
         int64()
@@ -241,7 +241,7 @@ class Scanner:
         if alike is not None:
             like, known, arrays = alike
             self.arrays += arrays
-            if like.is_object:
+            if like.is_object or likeness.likes.get(nbytes) is like:
                 self.alike[id(known)] = like
             return known, end, True
         node = tagged.read(self, start, end, depth)
@@ -288,7 +288,9 @@ class Scanner:
         if depth > likeness.DEEPEST:
             return None
         like = self.like_of(name_end + 1, position + pitch)
-        return like and runs.read_row(self.buffer, position, name_end, limit, pitch, like)
+        if like is None:
+            return None
+        return runs.read_row(self.buffer, position, name_end, limit, pitch, like)
 
     def add(self, run: runs.Run, is_array: bool, keys: list[str], values: list[Any]) -> int:
         keys.extend([""] * len(run.nodes) if is_array else run.names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Collection
@@ -94,18 +95,27 @@ def lift_row_major(lifter: Any, node: Any, julia_type: Any, content: Any, path: 
     spec = array_spec(lifter, parent, path)
     if not isinstance(spec, ArraySpec):
         return NotImplemented
-    turned, key = lifter.heads.get((id(julia_type), spec.shape)), (id(julia_type), spec.shape)
-    if turned is not None:
-        kept = spec.device, spec.payload, spec.digest
-        whole: ArraySpec | None = ArraySpec(spec.dtype, turned[0], "C", *kept)
-    else:
-        whole = row_major_spec(julia_type, spec)
-        if whole is None:
-            return NotImplemented
-        lifter.heads[key] = whole.shape, julia_type
+    whole = row_major_spec(julia_type, spec)
+    if whole is None:
+        return NotImplemented
+    keep(lifter, node, whole)
     if id(parent) not in lifter.parents:  # all that turn one parent are its memory, as in Julia
         lifter.parents[id(parent)] = lifter.make_array(whole, path)
     return lifter.parents[id(parent)]
+
+
+def keep(lifter: Any, node: Any, spec: ArraySpec) -> None:
+    """Remember what a document is for others like it, if it was read like one of another file."""
+    like = lifter.alike.get(id(node))
+    if like is not None and not like.is_object:
+        like.lifted = functools.partial(ArraySpec, spec.dtype, spec.shape, spec.order, spec.device)
+
+
+def like_another(like: Any, node: Any) -> ArraySpec:
+    """Return the spec of a document that is like one which was lifted."""
+    inner = rows.array_in(node)
+    spec: ArraySpec = like.lifted(inner["data"], inner.get("blake3"))
+    return spec
 
 
 def array_spec(lifter: Any, node: dict[str, Any], path: str) -> ArraySpec | JuliaArray:

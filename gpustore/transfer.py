@@ -153,8 +153,7 @@ def host_view(buffer: Any, offset: int, dtype: np.dtype[Any], shape: Any, order:
     count = math.prod(shape)
     if count == 0:
         return np.empty(shape, dtype, order="F" if order == "F" else "C")
-    flat = np.frombuffer(buffer, dtype, count, offset)
-    return flat.reshape(shape, order="F" if order == "F" else "C")
+    return np.ndarray(shape, dtype, buffer, offset, order="F" if order == "F" else "C")
 
 
 def host_row(
