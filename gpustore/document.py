@@ -99,12 +99,13 @@ def depth(node: Any) -> int:
 class Found:
     """What was found in a document, but for parts of it that were decoded whole.
 
-    `arrays` are the nodes that may be arrays, or structs around them, `alike` says by the ids of
-    nodes which are alike: those that have the same value differ in payloads and digests only.
+    `arrays` are the nodes that may be arrays, or structs around them, in lists of which those of
+    more than one node are of nodes alike. `alike` says by the ids of nodes which are alike: those
+    that have the same value. Nodes alike differ in payloads and digests only.
     """
 
     def __init__(self) -> None:
-        self.arrays: list[Any] = []
+        self.arrays: list[list[Any]] = []
         self.alike: Mapping[int, Any] = {}
 
 

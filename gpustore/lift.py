@@ -191,12 +191,12 @@ class Lifter:
         if names is None:
             specs.lift_alike(self, document.values())
             clones.lift_alike(self, document.values(), [*document].__getitem__)
+        wanted = document.keys() - {*RESERVED} if names is None else {*names}
+        known = map(self.memo.get, map(id, document.values()))
         found: dict[str, Any] = {}
-        known = self.memo.get
-        for key, child in document.items():
-            if key not in RESERVED and (names is None or key in names):
-                value = known(id(child), _UNKNOWN)
-                found[key] = self.value(child, key) if value is _UNKNOWN else value
+        for (key, child), value in zip(document.items(), known, strict=True):
+            if key in wanted:
+                found[key] = self.value(child, key) if value is None else value
         if self.spelling:
             found = Entries(found)
             found.spelling = frozenset(self.spelling)

@@ -93,7 +93,7 @@ class Like:
         return cls(end - start, parts, holes, own_make, is_object, is_type, places > 0)
 
     def read(self, buffer: Any, start: int) -> tuple[dict[str, Any], list[Any]] | None:
-        """Return the document at `start` and the arrays in it; None where it is not like this."""
+        """Return the document at `start` and lists of the arrays in it; None if it is unlike."""
         for first, last, part in self.parts:
             if buffer[start + first : start + last] != part:
                 return None
@@ -127,7 +127,10 @@ class Like:
         return np.array(offsets, np.int64).reshape(len(holes), -1).T, sizes
 
     def nodes(self, buffer: Any, starts: Any) -> tuple[list[dict[str, Any]], list[Any]]:
-        """Return the documents at `starts`, which are like this one, and the arrays in them."""
+        """Return the documents at `starts`, which are like this one, and the arrays in them.
+
+        Those are lists of arrays that are alike.
+        """
         columns: Columns = []
         for start, stop, is_slot, placed_nbytes in self.holes:
             if is_slot:  # of which nothing is read
@@ -261,7 +264,7 @@ def _dicts(node: dict[str, Any], makes: dict[str, Make], *, is_noted: bool) -> M
         else:
             made = [dict(node) for _ in range(count)]
         if is_noted:
-            arrays += made
+            arrays.append(made)
         return made
 
     return make

@@ -27,7 +27,7 @@ from gpustore.layout import STAMP
 from gpustore.lift import RESERVED, TAGS, Lifter
 from gpustore.placement import Check, DeviceChoice, Placement, chooser, host_array
 from gpustore.save import paused_collector, save_document
-from gpustore.specs import lift_alike
+from gpustore.specs import lift_groups
 from gpustore.storage import MappedFile
 from gpustore.verify import Digests, Progress, Report, Verification, counted, verify_file
 
@@ -146,11 +146,11 @@ def _entries(
 ) -> Any:
     """Return the wanted entries as a dict, or the object that the file is.
 
-    `arrays` are the nodes of all that there are, where these are known.
+    `arrays` are the nodes of all that there are, in lists of those alike, where they are known.
     """
     try:
         if arrays:
-            lift_alike(lifter, arrays)
+            lift_groups(lifter, arrays)
             lifter.make_row = None  # there are no others
         if not _is_object(content):
             missing = [name for name in names if name not in content or name in RESERVED]

@@ -10,8 +10,9 @@ the node itself or that field.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gpustore.layout import INT32, ROW_NBYTES
@@ -34,17 +35,19 @@ def is_array(node: Any) -> bool:
     return type(node) is dict and node.get("tag") == "array"
 
 
-def groups(nodes: Iterable[Any]) -> list[tuple[list[Any], list[Any]]]:
-    """Return nodes that share types and size, wherever they are, and the array documents in them.
+def groups(lists: Iterable[list[Any]]) -> Iterator[tuple[list[Any], list[Any], list[Any]]]:
+    """Yield nodes that share types and size, wherever they are, and the array documents in them.
 
-    There are FEWEST or more in each group, either all with padding or all without.
+    And of these documents the first of each list: the others in a list are like it. There are
+    FEWEST or more in each group, either all with padding or all without.
     """
     found: defaultdict[tuple[int, ...], tuple[list[Any], list[Any]]]
     found = defaultdict(lambda: ([], []))
     own: list[Any] = []
-    inners: list[Any] = []
+    firsts: list[Any] = []
     size = kind = outer = length = None
-    for node in nodes:
+    for nodes in lists:
+        node = nodes[0]
         if type(node) is not dict:
             continue
         inner = node if "size" in node else array_in(node)
@@ -54,10 +57,13 @@ def groups(nodes: Iterable[Any]) -> list[tuple[list[Any], list[Any]]]:
         if not is_of_last or node.get("type") is not outer:
             size, kind, outer = inner["size"], inner.get("type"), node.get("type")
             length = len(inner)
-            own, inners = found[id(size), id(kind), id(outer), length]
-        own.append(node)
-        inners.append(inner)
-    return [group for group in found.values() if len(group[0]) >= FEWEST]
+            own, firsts = found[id(size), id(kind), id(outer), length]
+        own.append(nodes)
+        firsts.append(inner)
+    for own, firsts in found.values():
+        if sum(map(len, own)) >= FEWEST:
+            row = [*itertools.chain.from_iterable(own)]
+            yield row, row if row[0] is firsts[0] else [*map(array_in, row)], firsts
 
 
 def pitch_at(buffer: Any, start: int, name_end: int, limit: int) -> int | None:

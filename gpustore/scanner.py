@@ -74,7 +74,7 @@ class Scanner:
         # decoded once, and shared
         self.heads: dict[bytes, dict[str, Any] | list[Any]] = {}
         self.likes: dict[int, likeness.Likes] = {}  # by the nbytes of documents
-        self.arrays: list[Any] = []  # what may be, or be around, one
+        self.arrays: list[list[Any]] = []  # what may be, or be around, one: those alike
         self.alike: dict[int, likeness.Like] = {}  # what was read like which, by id
         self.types: set[int] = set()  # ids of those that stand for many
         self.shared: dict[bytes, tuple[Any, Any]] = {}  # types, and sizes that follow them
@@ -256,7 +256,7 @@ class Scanner:
         if is_of_any_file and is_array:
             likeness.keep_like(nbytes, lambda: self.like_of(start, end, node))
         if "data" in node:
-            self.arrays.append(node)
+            self.arrays.append([node])
         return node, end, False
 
     def holds_arrays(self, start: int, end: int) -> bool:

@@ -146,10 +146,12 @@ class Batch:
         self.befores: list[bytes | bytearray] = []  # inline: the structure before each
         self.at: list[int] = []  # detached: where in the document their offsets belong
         self._places: Any = None  # where they lie among themselves
+        self._gaps: list[int] = []  # the nbytes of zeros after each
 
     def inline(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield the bytes from the first payload to the last digest, and the structure in them."""
-        for part, payloads in self._parts():
+        for part in _parts(len(self.arrays)):
+            payloads = [array.tobytes() for array in self.arrays[part]]
             before, after = self.befores[part], (repeat(DIGEST_ELEMENT), digests(payloads))
             yield _joined(before, payloads, *after), _joined(before, *after)
 
@@ -181,36 +183,36 @@ class Batch:
 
     def detached(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield the payloads, each aligned to 64, and the zeros between them."""
-        for part, payloads in self._parts():
-            gaps = [_ZEROS[-len(payload) % 64] for payload in payloads]
-            if part.stop >= len(self.arrays):
-                gaps[-1] = b""
-            yield _joined(payloads, gaps), b"".join(gaps)
+        for part in _parts(len(self.arrays)):
+            gaps = [_ZEROS[nbytes] for nbytes in self._gaps[part]]
+            yield _joined(self.arrays[part], gaps), b"".join(gaps)
 
     def place(self) -> int:
         """Let detached payloads follow one another, aligned to 64; return where they end."""
         sizes = np.array([array.nbytes for array in self.arrays], np.int64)
-        ends = np.cumsum(sizes + -sizes % 64)
-        self._places = ends - sizes - -sizes % 64
-        return int(self._places[-1] + sizes[-1])
+        gaps = -sizes % 64
+        gaps[-1] = 0  # nothing is behind the last one
+        ends = np.cumsum(sizes + gaps)
+        self._places, self._gaps = ends - sizes - gaps, gaps.tolist()
+        return int(ends[-1])
 
     def fill(self, document: bytearray, position: int) -> None:
         """Put offsets, counted from `position` of the file on, and digests into the document."""
         offsets = self._places.astype("<i8") + position
-        own = b"".join(digest for _, payloads in self._parts() for digest in digests(payloads))
+        own = b"".join(digests(array.tobytes() for array in self.arrays))
         at = np.array(self.at)
         _windows(document, 8)[at] = offsets.view(np.uint8).reshape(-1, 8)
         at += 8 + len(DETACHED_TAIL) + len(DIGEST_ELEMENT)
         _windows(document, DIGEST_NBYTES)[at] = np.frombuffer(own, np.uint8).reshape(len(at), -1)
 
-    def _parts(self) -> Iterator[tuple[slice, list[bytes]]]:
-        """Yield slices of a few arrays, and the payloads of these."""
-        for start in range(0, len(self.arrays), _AT_ONCE):
-            part = slice(start, start + _AT_ONCE)
-            yield part, [array.tobytes() for array in self.arrays[part]]
+
+def _parts(count: int) -> Iterator[slice]:
+    """Yield slices of a few arrays each."""
+    for start in range(0, count, _AT_ONCE):
+        yield slice(start, start + _AT_ONCE)
 
 
-def _joined(*columns: Iterable[bytes | bytearray]) -> bytes:
+def _joined(*columns: Iterable[Any]) -> bytes:
     return b"".join(chain.from_iterable(zip(*columns, strict=False)))
 
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -41,22 +41,35 @@ def once(lifter: Any, node: Any, path: str) -> Any:
 
 def lift_alike(lifter: Any, nodes: Collection[Any]) -> None:
     """Lift arrays of which many are alike into the memo, without making a spec for each."""
-    if lifter.make_row is None or len(nodes) < rows.FEWEST:
+    if lifter.make_row is not None and len(nodes) >= rows.FEWEST:
+        lift_groups(lifter, [[node] for node in nodes])
+
+
+def lift_groups(lifter: Any, groups: Iterable[list[Any]]) -> None:
+    """Lift arrays into the memo as `lift_alike` does; those in one list are known to be alike."""
+    if lifter.make_row is None:
         return
-    for row, inner in rows.groups(nodes):
-        if "python" in inner[0]:  # bytes
-            continue
-        spec = None
-        with contextlib.suppress(FormatError):  # it is raised again where its path is known
-            array_spec(lifter, inner[0], "")
-            own = quick_spec(lifter, inner[0])
-            if own is not None and inner[0] is not row[0]:
-                own = row_major_spec(lifter.type_in(row[0], ""), own)
-            spec = own
-        is_row = spec is not None and _differ_in_bytes_only(inner)
-        arrays = lifter.make_row(spec, [node["data"] for node in inner]) if is_row else None
-        if arrays is not None:
-            lifter.memo.update(zip(map(id, row), arrays, strict=True))
+    for nodes, inner, firsts in rows.groups(groups):
+        if _differ_in_bytes_only(firsts):
+            _lift_row(lifter, nodes, inner)
+
+
+def _lift_row(lifter: Any, nodes: list[Any], inner: list[Any]) -> None:
+    """Lift nodes that differ in bytes only, if they are for it; `inner` are the arrays in them."""
+    if "python" in inner[0]:  # bytes
+        return
+    spec = None
+    with contextlib.suppress(FormatError):  # it is raised again where its path is known
+        array_spec(lifter, inner[0], "")
+        own = quick_spec(lifter, inner[0])
+        if own is not None and inner[0] is not nodes[0]:
+            own = row_major_spec(lifter.type_in(nodes[0], ""), own)
+        spec = own
+    if spec is None:
+        return
+    arrays = lifter.make_row(spec, [node["data"] for node in inner])
+    if arrays is not None:
+        lifter.memo.update(zip(map(id, nodes), arrays, strict=True))
 
 
 def _differ_in_bytes_only(nodes: list[dict[str, Any]]) -> bool:

@@ -43,7 +43,7 @@ def _runs(values: list[Any], forms: Mapping[int, Any]) -> Iterator[tuple[int, in
     start = 0
     kinds = [True if id(value) in forms else type(value) for value in values] if forms else None
     for kind, members in itertools.groupby(kinds or map(type, values)):
-        stop = start + sum(1 for _ in members)
+        stop = start + len([*members])
         if (kind is np.ndarray or kind is True) and stop - start >= FEWEST:
             yield start, stop, kind is True
         start = stop
