@@ -22,10 +22,11 @@ from gpustore.errors import (
 )
 from gpustore.flux import model_type
 from gpustore.julia import JuliaType, LostArray, NamedTuple, OpaqueFunction, Struct, Symbol
-from gpustore.load import StoredFile, load, open_file
+from gpustore.load import load
 from gpustore.model_state import loadmodel, reset, state, testmode
 from gpustore.parameters import data, loadparams, param, params
 from gpustore.save import save
+from gpustore.stored import StoredFile, open_file
 from gpustore.tree import Params, TrackedArray, cpu, device_of, gpu
 from gpustore.values import Char, DataFrame, JuliaDict, JuliaSet, Range, missing
 from gpustore.version import __version__

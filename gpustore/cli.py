@@ -14,8 +14,8 @@ from gpustore import errors, tree
 from gpustore.inspection import as_json, counted_arrays, figures_of
 from gpustore.inspection import inspect as inspected
 from gpustore.julia import LostArray
-from gpustore.load import open_file
 from gpustore.notebook import printable, size_text
+from gpustore.stored import open_file
 from gpustore.terminal import console, progress, shown
 from gpustore.verify import Verification
 

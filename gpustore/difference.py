@@ -11,7 +11,7 @@ import numpy as np
 from gpustore import devices, listing, notebook, tree
 from gpustore.figures import Deviation, deviation
 from gpustore.julia import JuliaType, LostArray, OpaqueFunction, Struct
-from gpustore.load import StoredFile
+from gpustore.stored import StoredFile
 from gpustore.values import Entries, JuliaSet
 from gpustore.verify import Progress, Report, counted
 

@@ -10,8 +10,8 @@ from typing import Any
 from gpustore import devices, notebook, origin, tree
 from gpustore.figures import Figures, figures
 from gpustore.julia import ArraySpec, LostArray
-from gpustore.load import ArrayEntry, StoredFile
 from gpustore.origin import Era
+from gpustore.stored import ArrayEntry, StoredFile
 from gpustore.values import Entries
 from gpustore.verify import Progress, counted
 

@@ -15,8 +15,8 @@ from gpustore import listing, notebook, tree
 from gpustore.figures import Figures
 from gpustore.inspection import Inspection
 from gpustore.julia import ArraySpec, LostArray, OpaqueFunction, Struct
-from gpustore.load import ArrayEntry
 from gpustore.notebook import as_julia_shows, printable, size_text
+from gpustore.stored import ArrayEntry
 from gpustore.terminal import shown
 from gpustore.values import JuliaArray
 

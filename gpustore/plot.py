@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gpustore import notebook, storage, tree
 from gpustore.errors import MissingExtraError, UnsupportedValueError
 from gpustore.figures import histogram
-from gpustore.load import ArrayEntry, StoredFile
+from gpustore.stored import ArrayEntry, StoredFile
 from gpustore.verify import Progress, counted
 
 _SUFFIXES = (".png", ".svg", ".pdf")

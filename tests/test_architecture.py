@@ -84,6 +84,8 @@ ORDER = [
     "interop",
     "save",
     "verify",
+    "entries",
+    "stored",
     "load",
     "safetensors_format",
     "npz_format",
