@@ -133,10 +133,10 @@ def scan(
     stamp = document.get(STAMP)
     if isinstance(stamp, dict) and stamp.get("layout") == "detached":
         _attach(document, end, len(buffer), scanner)
-    elif scanner.is_detached:
+    elif scanner.repeats.is_detached:
         raise _nothing_behind(name)
     if found is not None:
-        found.arrays, found.alike = scanner.arrays, scanner.alike
+        found.arrays, found.alike = scanner.repeats.arrays, scanner.repeats.alike
     return document
 
 
@@ -146,7 +146,7 @@ class Parts:
     def __init__(self, scanner: Scanner, spans: dict[str, tuple[int, int, int]]) -> None:
         self._scanner, self._spans = scanner, spans
         self._decoded: dict[str, Any] = {}
-        self.alike: Mapping[int, Any] = scanner.alike  # as in Found, of what is decoded
+        self.alike: Mapping[int, Any] = scanner.repeats.alike  # as in Found, of what is decoded
 
     def __contains__(self, key: str) -> bool:
         return key in self._spans
@@ -159,7 +159,7 @@ class Parts:
         for key in self._spans.keys() & keys - self._decoded.keys():
             kind, start, end = self._spans[key]
             self._decoded[key], _ = self._scanner.value(kind, start, end, 0)
-        if self._scanner.is_detached:
+        if self._scanner.repeats.is_detached:
             raise _nothing_behind(self._scanner.name)
         return {key: self._decoded[key] for key in keys if key in self._spans}
 
@@ -189,7 +189,7 @@ def _attach(document: dict[str, Any], end: int, limit: int, scanner: Scanner) ->
     document. Those of rows are Slots already.
     """
     start = end
-    shared = {id(kind) for kind, _ in scanner.shared.values()} | scanner.types
+    shared = {id(kind) for kind, _ in scanner.shared.values()} | scanner.repeats.types
     stack: list[Iterator[Any]] = [iter(document.values())]
     while stack:
         for node in stack[-1]:
@@ -201,7 +201,7 @@ def _attach(document: dict[str, Any], end: int, limit: int, scanner: Scanner) ->
             data: Any = node.get("data")
             if id(node) in shared:
                 continue
-            count, placed = scanner.runs.get(id(node), (1, None))
+            count, placed = scanner.repeats.runs.get(id(node), (1, None))
             if count > 1:  # the rest lies as the first one does
                 collections.deque(itertools.islice(stack[-1], count - 1), maxlen=0)
                 if placed is None:

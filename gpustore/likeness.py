@@ -291,20 +291,20 @@ class Likes:
         self._last: tuple[int, int, Any] | None = None
 
     def read(
-        self, buffer: Any, start: int, like_of: Callable[[int, int, Any], Like | None]
+        self, scanner: Any, start: int, like_of: Callable[[Any, int, int, Any], Like | None]
     ) -> tuple[Like, dict[str, Any], list[Any]] | None:
         """Return the document at `start` and what it is like; None where it is like none of these.
 
-        `like_of(start, end, node)` makes a Like.
+        `like_of(scanner, start, end, node)` makes a Like.
         """
         last, self._last = self._last, None
         if last is not None:
-            like = like_of(*last)
+            like = like_of(scanner, *last)
             self._left -= 1
             if like is not None and not like.is_type:  # a type is shared, so in rows only
                 self.known.append(like)
         for like in self.known:
-            found = like.read(buffer, start)
+            found = like.read(scanner.buffer, start)
             if found is not None:
                 return like, *found
         return None

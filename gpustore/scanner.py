@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import itertools
 from typing import Any, cast
 
 import numpy as np
@@ -12,17 +11,16 @@ from gpustore import likeness, rows, runs, tagged
 from gpustore.encoder import int64
 from gpustore.errors import FormatError, TruncatedFileError
 from gpustore.layout import (
-    DIGEST_ELEMENT,
     DOUBLE,
     INT32,
     INT64,
     MAX_DEPTH,
     MAX_NAME_NBYTES,
     ROW_NBYTES,
-    SLOT_NBYTES,
     STAMP,
     Slot,
 )  # fmt: skip
+from gpustore.repeats import MANY, Repeats
 
 _FOREIGN_KINDS = {
     0x06: "undefined", 0x07: "ObjectId", 0x09: "UTC datetime", 0x0B: "regular expression",
@@ -33,7 +31,6 @@ _FOREIGN_KINDS = {
 
 _FIXED_NBYTES = {0x01: 8, 0x08: 1, 0x0A: 0, 0x10: 4, 0x12: 8}
 _EXTRA_NBYTES = {0x02: 4, 0x03: 0, 0x04: 0, 0x05: 5}  # beside those that their length says
-_MANY = 256  # elements, for which reading them in rows is faster
 # what the codec raises beside its own; SystemError that of PyMongo 4.6 for a binary's subtype
 _REFUSALS = (ValueError, OverflowError, RecursionError, SystemError)
 _WHOLE_NBYTES = 8192  # smaller files are decoded whole
@@ -68,15 +65,9 @@ class Scanner:
     ) -> None:
         self.buffer, self.name, self.slot_nbytes = buffer, name, slot_nbytes
         self.origin, self.is_plain = origin, is_plain
-        # id of a run's first node -> how many it has, and from where to where their payloads lie
-        self.runs: dict[int, tuple[int, tuple[int, int] | None]] = {}
-        self.is_detached = False  # whether payloads of a run lie after the document
+        self.repeats = Repeats()
         # decoded once, and shared
         self.heads: dict[bytes, dict[str, Any] | list[Any]] = {}
-        self.likes: dict[int, likeness.Likes] = {}  # by the nbytes of documents
-        self.arrays: list[list[Any]] = []  # what may be, or be around, one: those alike
-        self.alike: dict[int, likeness.Like] = {}  # what was read like which, by id
-        self.types: set[int] = set()  # ids of those that stand for many
         self.shared: dict[bytes, tuple[Any, Any]] = {}  # types, and sizes that follow them
         int64()
 
@@ -137,7 +128,7 @@ class Scanner:
             return None
         self.need(0, limit, len(self.buffer))
         found: dict[str, tuple[int, int, int]] = {}
-        while len(found) <= _MANY:
+        while len(found) <= MANY:
             self.need(position, 1, limit)
             kind = self.buffer[position]
             if kind == 0:
@@ -175,7 +166,9 @@ class Scanner:
                 if position >= row_from:
                     pitch = rows.pitch_at(self.buffer, position, name_end, limit)
                 if pitch is not None:
-                    row = self.row(position, name_end, limit, pitch, depth)
+                    row = None
+                    if depth <= likeness.DEEPEST:
+                        row = self.repeats.row(self, position, name_end, limit, pitch)
                     misses = misses + 1 if row is None else 0
                     if row is not None:
                         self.decode_run(run, position, is_array, keys, values)
@@ -184,7 +177,7 @@ class Scanner:
                     row_from = position + (pitch << misses)
                 is_long = is_alike and limit - position > runs.FEW * rows.FEWEST_NBYTES
                 if is_long and position >= looked_at:
-                    alike = runs.read_run(self.buffer, position, limit, self.likes, most)
+                    alike = runs.read_run(self.buffer, position, limit, self.repeats.likes, most)
                     looked_at = alike.end
                     is_whole = len(alike.nodes) == most
                     most = min(4 * most, runs.MANY) if is_whole else runs.FEW
@@ -230,82 +223,20 @@ class Scanner:
         nbytes = INT32.unpack_from(self.buffer, start)[0]
         if not rows.FEWEST_NBYTES <= nbytes <= limit - start:
             return None
-        end, is_of_any_file = start + nbytes, nbytes >= self.slot_nbytes == SLOT_NBYTES
-        if self.is_plain:
-            node = tagged.read(self, start, end, depth)
-            return None if node is None else (node, end, False)
-        likes = self.likes.get(nbytes)
-        if likes is None and is_of_any_file and nbytes in likeness.likes:
-            likes = self.likes[nbytes] = likeness.Likes(likeness.likes[nbytes])
-        alike = None if likes is None else likes.read(self.buffer, start, self.like_of)
-        if alike is not None:
-            like, known, arrays = alike
-            self.arrays += arrays
-            if like.is_object or likeness.likes.get(nbytes) is like:
-                self.alike[id(known)] = like
-            return known, end, True
-        node = tagged.read(self, start, end, depth)
-        # objects are read with others, by the codec, until one is found that is like another
-        is_array = node is not None and rows.is_array(rows.array_in(node))
-        if (is_array or self.holds_arrays(start, end)) and (
-            nbytes in self.likes or len(self.likes) < _MANY
-        ):
-            self.likes.setdefault(nbytes, likeness.Likes()).add(start, end, node)
-        if node is None:
-            return None
-        if is_of_any_file and is_array:
-            likeness.keep_like(nbytes, lambda: self.like_of(start, end, node))
-        if "data" in node:
-            self.arrays.append([node])
-        return node, end, False
+        if not self.is_plain:
+            return self.repeats.read(self, start, start + nbytes, depth)
+        node = tagged.read(self, start, start + nbytes, depth)
+        return None if node is None else (node, start + nbytes, False)
 
-    def holds_arrays(self, start: int, end: int) -> bool:
-        """Whether a small document holds a digest."""
-        is_small = end - start < min(self.slot_nbytes, ROW_NBYTES)
-        return is_small and self.buffer.find(DIGEST_ELEMENT, start, end) >= 0
-
-    def like_of(self, start: int, end: int, node: Any = None) -> likeness.Like | None:
-        """Return what documents like the one from `start` to `end` are read by, if there is that.
-
-        `node` is what it was read as; without it, it is read here.
-        """
-        own = Scanner(self.buffer, self.name, self.slot_nbytes, self.origin, is_plain=True)
-        own.shared = self.shared
-        again = Scanner(self.buffer, self.name, 0, self.origin, is_plain=True)
-        try:
-            if node is None:
-                node, *_ = own.tagged_at(start, end, 1) or own.document(start, end, 1)
-            slots, _ = again.document(start, end, 1)
-        except FormatError:
-            return None
-        are_dicts = type(node) is dict and type(slots) is dict
-        return likeness.Like.of(self.buffer, start, end, node, slots) if are_dicts else None
-
-    def row(
-        self, position: int, name_end: int, limit: int, pitch: int, depth: int
-    ) -> runs.Run | None:
-        """Read a row of documents alike; None where there is none."""
-        if depth > likeness.DEEPEST:
-            return None
-        like = self.like_of(name_end + 1, position + pitch)
-        if like is None:
-            return None
-        return runs.read_row(self.buffer, position, name_end, limit, pitch, like)
+    def plain(self, slot_nbytes: int) -> Scanner:
+        """Return a scanner of the same buffer that reads nothing in the likeness of others."""
+        return Scanner(self.buffer, self.name, slot_nbytes, self.origin, is_plain=True)
 
     def add(self, run: runs.Run, is_array: bool, keys: list[str], values: list[Any]) -> int:
+        """Take elements that were read at once; return the offset after them."""
         keys.extend([""] * len(run.nodes) if is_array else run.names)
         values.extend(run.nodes)
-        for found in run.arrays:
-            self.arrays += found
-        for like, nodes in run.groups:
-            if like.is_object:
-                self.alike.update(zip(map(id, nodes), itertools.repeat(like), strict=False))
-        first = run.nodes[0]
-        if run.groups[0][0].is_type:  # one node for all of a row
-            self.types.add(id(first))
-        else:
-            self.runs[id(first)] = len(run.nodes), run.placed
-        self.is_detached = self.is_detached or run.placed is not None
+        self.repeats.note(run)
         return run.end
 
     def name_end(self, position: int, limit: int) -> int:
@@ -338,7 +269,7 @@ class Scanner:
         if found is None:
             framed = INT32.pack(len(run) + 5) + run + b"\0"
             found = self.decode_whole(0, len(framed), is_array, framed, start - 4)
-            if is_head and len(run) <= _HEAD_NBYTES and len(self.heads) < _MANY:
+            if is_head and len(run) <= _HEAD_NBYTES and len(self.heads) < MANY:
                 self.heads[run] = found
             elif isinstance(found, dict) and [*found] == [STAMP]:
                 tagged.keep_stamp(run, found[STAMP])

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,9 @@ def lift_alike(lifter: Any, nodes: Collection[Any]) -> None:
         lift_groups(lifter, [[node] for node in nodes])
 
 
-def lift_groups(lifter: Any, groups: Iterable[list[Any]]) -> None:
+def lift_groups(lifter: Any, groups: Sequence[list[Any]]) -> None:
     """Lift arrays into the memo as `lift_alike` does; those in one list are known to be alike."""
-    if lifter.make_row is None:
+    if lifter.make_row is None or sum(map(len, groups)) < rows.FEWEST:
         return
     for nodes, inner, firsts in rows.groups(groups):
         if _differ_in_bytes_only(firsts):

@@ -28,6 +28,7 @@ ORDER = [
     "likeness",
     "runs",
     "tagged",
+    "repeats",
     "scanner",
     "document",
     "newfile",

@@ -28,6 +28,7 @@ from gpustore import (
 from gpustore.document import Slot
 from gpustore.errors import GpustoreError
 from gpustore.julia import JuliaType, Struct
+from gpustore.layout import SLOT_NBYTES
 
 
 @gs.model_type("Main.Pair")
@@ -262,7 +263,7 @@ def test_arrays_of_layers_are_made_at_once(tmp_path, monkeypatch, layout, names)
 
 
 def test_runs_with_large_arrays_are_found_however_often_such_files_were_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(document, "SLOT_NBYTES", scanner.SLOT_NBYTES)
+    monkeypatch.setattr(document, "SLOT_NBYTES", SLOT_NBYTES)
     monkeypatch.setattr(likeness, "likes", {})
     monkeypatch.setattr(likeness, "_met", set())
     shapes = [(3, 4), (4,), (90, 400)]
@@ -396,7 +397,7 @@ def test_each_bit_of_a_large_array_gives_what_it_would_without_others_like_it(
 def test_large_arrays_of_other_files_are_remembered_only_where_they_say_nothing_of_these(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(document, "SLOT_NBYTES", scanner.SLOT_NBYTES)
+    monkeypatch.setattr(document, "SLOT_NBYTES", SLOT_NBYTES)
     monkeypatch.setattr(likeness, "likes", {})
     monkeypatch.setattr(likeness, "_met", set())
     spelled, large = JuliaType.named("Main.Base.Held"), np.ones((90, 400))
