@@ -33,6 +33,7 @@ _FIXED_NBYTES = {0x01: 8, 0x08: 1, 0x0A: 0, 0x10: 4, 0x12: 8}
 _EXTRA_NBYTES = {0x02: 4, 0x03: 0, 0x04: 0, 0x05: 5}  # beside those that their length says
 # what the codec raises beside its own; SystemError that of PyMongo 4.6 for a binary's subtype
 _REFUSALS = (ValueError, OverflowError, RecursionError, SystemError)
+_STAMP = b"\x03" + STAMP.encode()
 _WHOLE_NBYTES = 8192  # smaller files are decoded whole
 _HEAD_NBYTES = 4096
 
@@ -158,10 +159,11 @@ class Scanner:
         # where to look for a row again, of how many in vain
         row_from, misses = limit if self.is_plain else position, 0
         while True:
-            self.need(position, 1, limit)
+            if position >= limit:
+                self.need(position, 1, limit)
             kind = self.buffer[position]
             name_end = position if kind == 0 else self.name_end(position, limit)
-            if kind == 3:
+            if kind == 3 and not (depth == 0 and self.is_stamp(position, name_end)):
                 pitch = None
                 if position >= row_from:
                     pitch = rows.pitch_at(self.buffer, position, name_end, limit)
@@ -194,7 +196,7 @@ class Scanner:
                     _, position, is_alike = found
                     run = position
                     continue
-            end = self.end_of_small(kind, name_end + 1, limit)
+            end = self.end_of_small(name_end + 1, limit) if kind in (3, 4) else None
             if end is not None and end - run < ROW_NBYTES:
                 position = end
                 continue
@@ -248,9 +250,14 @@ class Scanner:
             raise self.malformed(position, f"a name is longer than {MAX_NAME_NBYTES} bytes")
         return end
 
-    def end_of_small(self, kind: int, start: int, limit: int) -> int | None:
+    def is_stamp(self, position: int, name_end: int) -> bool:
+        """Whether the element at `position` is the one that is in every file of this package."""
+        is_as_long = name_end - position == len(_STAMP)
+        return is_as_long and bool(self.buffer[position:name_end] == _STAMP)
+
+    def end_of_small(self, start: int, limit: int) -> int | None:
         """Return the end of a document that the codec can decode whole, else None."""
-        if kind not in (3, 4) or limit - start < 5:
+        if limit - start < 5:
             return None
         nbytes: int = INT32.unpack_from(self.buffer, start)[0]
         is_small = 5 <= nbytes < min(self.slot_nbytes, ROW_NBYTES) and start + nbytes <= limit
