@@ -109,6 +109,7 @@ def test_the_tests_that_the_page_for_ci_shows_pass(folder):
     run_page(ROOT / "docs" / "howto" / "ci.md")  # writes them
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "."]
     done = subprocess.run(run, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stdout + done.stderr
     (passed,) = re.findall(r"^(\d+) passed", done.stdout, re.MULTILINE)
     assert done.returncode == 0 and int(passed) >= 5, done.stdout
 
@@ -248,7 +249,7 @@ def test_the_reference_has_every_public_name_once():
     public |= {f"testing.{name}" for name in testing.__all__}
     public |= {f"fixtures.{name}" for name in ("gpustore_device",)}
     public |= {f"interop.{name}" for name in ("in_framework", "tensor", "to_torch")}
-    public |= {"convert.convert", "load.ArrayEntry", "verify.Verification", "plot.plot"}
+    public |= {"convert.convert", "stored.ArrayEntry", "verify.Verification", "plot.plot"}
     public |= {f"inspection.{name}" for name in ("inspect", "Inspection", "figures_of")}
     public |= {"figures.figures", "figures.Figures"}
     public |= {"difference.difference", "difference.Difference"}
