@@ -7,6 +7,7 @@ import functools
 import itertools
 import sys
 from collections import defaultdict
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from gpustore.layout import SMALL_NBYTES
 from gpustore.small import Alike, SmallArray
 from gpustore.typeof import array_type, numpy_dtype
 from gpustore.values import Origin, origin_of
+
+_base_of, _is_contiguous = attrgetter("base"), attrgetter("flags.c_contiguous")
+_kind_of = attrgetter("dtype", "shape")
 
 
 def lower(lowerer: Any, container: Any, key: Any, value: Any, path: str) -> None:
@@ -107,7 +111,7 @@ def lower_run(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> li
     """Lower NumPy arrays of which others have dtype and shape; return the indices of the rest."""
     if type(node) is dict:
         node.update(dict.fromkeys(keys))  # in this order
-    kinds = [(array.dtype, array.shape) for array in arrays]
+    kinds = [*map(_kind_of, arrays)]
     if kinds.count(kinds[0]) == len(kinds) and lower_row(lowerer, node, keys, arrays):
         return []
     groups: defaultdict[Any, list[int]] = defaultdict(list)
@@ -136,16 +140,19 @@ def lower_row(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> bo
         return False
     if len(set(ids)) < len(ids) or not lowerer.places.keys().isdisjoint(ids):
         return False
-    if Origin in {type(array.base) for array in arrays}:
+    if Origin in {*map(type, map(_base_of, arrays))}:
         return False
     is_as_stacked = first.ndim == 1 or not is_column_major
     contents = arrays if is_as_stacked else [array.T for array in arrays]
-    if not all(array.flags.c_contiguous for array in contents):
+    if not all(map(_is_contiguous, contents)):
         return False
     own = alike(lowerer, first, order)
-    pairs = zip(itertools.repeat(own), contents)
-    for key, made in zip(keys, map(small_array, pairs), strict=True):
-        node[key] = made
+    made = zip(keys, map(small_array, zip(itertools.repeat(own), contents)), strict=True)
+    if type(node) is dict:
+        node.update(made)
+    else:
+        for key, element in made:
+            node[key] = element
     lowerer.places.update(zip(ids, zip(itertools.repeat(node), keys, arrays), strict=True))
     return True
 

@@ -191,11 +191,10 @@ def _write_detached(
             structure[place.digest] = _stream_hashed(payload, out, beside)
         position = place.offset + payload.nbytes
     out.flush()
-    whole = hasher()
-    whole.update(structure[: STRUCTURE_DIGEST.start])
-    whole.update(structure[STRUCTURE_DIGEST.stop :])
-    for gap in gaps:
-        whole.update(gap)
+    whole, view = hasher(), memoryview(structure)
+    whole.update(view[: STRUCTURE_DIGEST.start])
+    whole.update(view[STRUCTURE_DIGEST.stop :])
+    whole.update(b"".join(gaps))
     structure[STRUCTURE_DIGEST] = whole.digest()
     file.seek(0)
     out.write(structure)

@@ -6,7 +6,7 @@ So it is with objects that hold a few of them, whose documents differ in nothing
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, chain, repeat
 from typing import Any, NamedTuple
 
@@ -156,17 +156,19 @@ class Batch:
             yield _joined(before, payloads, *after), _joined(before, *after)
 
     def add_detached(
-        self, keys: list[bytes], alikes: Iterable[Alike], contents: Iterable[Any], start: int
+        self, keys: list[bytes], alikes: Sequence[Alike], contents: Iterable[Any], start: int
     ) -> bytes:
         """Take in arrays; return their elements, the first of which is at byte `start`."""
-        befores, afters = zip(*(alike.detached for alike in alikes), strict=True)
+        wholes = {alike: b"".join(alike.detached) for alike in {*alikes}}
+        sizes = {alike: [*map(len, alike.detached)] for alike in wholes}
         at = start
-        for key, before, after in zip(keys, befores, afters, strict=True):
-            at += 1 + len(key) + len(before)
+        for key, alike in zip(keys, alikes, strict=True):
+            before, after = sizes[alike]
+            at += 1 + len(key) + before
             self.at.append(at)
-            at += len(after)
+            at += after
         self.arrays += contents
-        return _joined(repeat(b"\x03"), keys, befores, afters)
+        return _joined(repeat(b"\x03"), keys, map(wholes.__getitem__, alikes))
 
     def add_filled(self, keys: list[bytes], values: list[Filled], start: int) -> bytes:
         """Take in the arrays of objects as `add_detached` does, and return the elements."""
