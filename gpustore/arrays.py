@@ -21,8 +21,8 @@ from gpustore.small import Alike, SmallArray
 from gpustore.typeof import array_type, numpy_dtype
 from gpustore.values import Origin, origin_of
 
+_dtype_of, _shape_of = attrgetter("dtype"), attrgetter("shape")
 _base_of, _is_contiguous = attrgetter("base"), attrgetter("flags.c_contiguous")
-_kind_of = attrgetter("dtype", "shape")
 
 
 def lower(lowerer: Any, container: Any, key: Any, value: Any, path: str) -> None:
@@ -111,11 +111,12 @@ def lower_run(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> li
     """Lower NumPy arrays of which others have dtype and shape; return the indices of the rest."""
     if type(node) is dict:
         node.update(dict.fromkeys(keys))  # in this order
-    kinds = [*map(_kind_of, arrays)]
-    if kinds.count(kinds[0]) == len(kinds) and lower_row(lowerer, node, keys, arrays):
+    dtypes, shapes = [*map(_dtype_of, arrays)], [*map(_shape_of, arrays)]
+    are_alike = dtypes.count(dtypes[0]) == shapes.count(shapes[0]) == len(arrays)
+    if are_alike and lower_row(lowerer, node, keys, arrays):
         return []
     groups: defaultdict[Any, list[int]] = defaultdict(list)
-    for index, kind in enumerate(kinds):
+    for index, kind in enumerate(zip(dtypes, shapes, strict=True)):
         groups[kind].append(index)
     rest: list[int] = []
     for group in groups.values():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, chain, repeat
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from gpustore.layout import (
 _DIGESTED_NBYTES = len(DIGEST_ELEMENT) + DIGEST_NBYTES
 _PADDINGS = [b"\x05_\0" + INT32.pack(n) + b"\0" + bytes(n) for n in range(64)]
 _ZEROS = [bytes(n) for n in range(64)]
+_bytes_of = methodcaller("tobytes")
 _AT_ONCE = 128  # arrays, of 16 KiB at most
 
 
@@ -151,7 +153,7 @@ class Batch:
     def inline(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield the bytes from the first payload to the last digest, and the structure in them."""
         for part in _parts(len(self.arrays)):
-            payloads = [array.tobytes() for array in self.arrays[part]]
+            payloads = [*map(_bytes_of, self.arrays[part])]
             before, after = self.befores[part], (repeat(DIGEST_ELEMENT), digests(payloads))
             yield _joined(before, payloads, *after), _joined(before, *after)
 
@@ -186,8 +188,11 @@ class Batch:
     def detached(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield the payloads, each aligned to 64, and the zeros between them."""
         for part in _parts(len(self.arrays)):
-            gaps = [_ZEROS[nbytes] for nbytes in self._gaps[part]]
-            yield _joined(self.arrays[part], gaps), b"".join(gaps)
+            if any(self._gaps[part]):
+                gaps = [_ZEROS[nbytes] for nbytes in self._gaps[part]]
+                yield _joined(self.arrays[part], gaps), b"".join(gaps)
+            else:
+                yield b"".join(self.arrays[part]), b""
 
     def place(self) -> int:
         """Let detached payloads follow one another, aligned to 64; return where they end."""
@@ -201,7 +206,7 @@ class Batch:
     def fill(self, document: bytearray, position: int) -> None:
         """Put offsets, counted from `position` of the file on, and digests into the document."""
         offsets = self._places.astype("<i8") + position
-        own = b"".join(digests(array.tobytes() for array in self.arrays))
+        own = b"".join(digests(map(_bytes_of, self.arrays)))
         at = np.array(self.at)
         _windows(document, 8)[at] = offsets.view(np.uint8).reshape(-1, 8)
         at += 8 + len(DETACHED_TAIL) + len(DIGEST_ELEMENT)
