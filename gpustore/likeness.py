@@ -189,10 +189,15 @@ class _Maker:
         is_around = tag == "struct" and rows.is_array(rows.array_in(node))
         for key, child in node.items():
             make: Make | None
+            is_slot = type(child) is Slot
             if tag in ("array", "struct") and key in ("type", "size"):
+                if _has_slot(child):  # that of one document only
+                    raise _Unlike
                 make = None
-            elif tag in ("array", "struct") and type(slots[key]) is Slot and key != "_":
-                make = self.binary(slots[key], type(child) is Slot)
+            elif (
+                type(slots[key]) is Slot and tag in ("array", "struct") and (key != "_" or is_slot)
+            ):
+                make = self.binary(slots[key], is_slot)
             elif is_array and key == "data" and type(child) is dict:
                 make = self.place(child, slots)
             else:
@@ -225,6 +230,12 @@ class _Maker:
         index = len(self.holes)
         self.holes.append(hole)
         return lambda columns, count, arrays: columns[index]
+
+
+def _has_slot(node: Any) -> bool:
+    if type(node) is dict or type(node) is list:
+        return any(map(_has_slot, node.values() if type(node) is dict else node))
+    return type(node) is Slot
 
 
 def _shared(node: Any) -> Make:

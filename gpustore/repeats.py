@@ -84,8 +84,8 @@ class Repeats:
 
 
 def _holds_arrays(scanner: Any, start: int, end: int) -> bool:
-    """Whether a small document holds a digest."""
-    if end - start >= min(scanner.slot_nbytes, ROW_NBYTES):
+    """Whether a document that others are read with holds a digest."""
+    if end - start >= min(scanner.slot_nbytes or ROW_NBYTES, ROW_NBYTES):
         return False
     found: int = scanner.buffer.find(DIGEST_ELEMENT, start, end)
     return found >= 0

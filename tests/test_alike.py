@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_rows import LAYOUTS, outcome, plainly
 
 import gpustore as gs
-from gpustore import document, testing
+from gpustore import digest, document, testing
 from gpustore.errors import FormatError
 from gpustore.julia import JuliaType, Struct, Symbol
 from gpustore.lift import Lifter
@@ -393,6 +393,16 @@ def test_places_beside_types_are_checked(tmp_path, stamped, place):
     (tmp_path / "a").write_bytes(bson.encode(document_of))
     with pytest.raises(FormatError):
         gs.load(tmp_path / "a")
+
+
+def test_digests_of_arrays_beside_those_in_structs_alike_are_found(tmp_path):
+    array = {**ARRAY, "data": bytes(12), "blake3": digest.blake3_digest(bytes(12))}
+    struct = {"tag": "struct", "type": TYPE, "data": [array], "more": array}
+    octets = bson.encode({"a": [struct] * 40})
+    for damaged in (octets, octets[:-60] + b"\1" + octets[-59:]):
+        (tmp_path / "a").write_bytes(damaged)
+        found = gs.open_file(tmp_path / "a").verify()
+        assert found.arrays == 80 and len(found.damaged) == 1 + (damaged != octets)
 
 
 def test_an_own_class_of_the_package_may_be_registered_before_its_table_is_there():

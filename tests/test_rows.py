@@ -153,12 +153,21 @@ def row_files(folder):
 
 
 def outcome(path):
-    """Return what a file loads as, or the error; offsets in messages may differ."""
-    try:
-        found = described(gs.load(path))
-    except GpustoreError as error:
-        return type(error)
-    return repr(found)
+    """Return what a file loads as, its arrays and what is damaged of them, or the error of each.
+
+    Offsets in messages may differ.
+    """
+    found = []
+    for job in (
+        lambda: repr(described(gs.load(path))),
+        lambda: gs.open_file(path).arrays,
+        lambda: gs.open_file(path).verify(),
+    ):
+        try:
+            found.append(job())
+        except GpustoreError as error:
+            found.append(type(error))
+    return found
 
 
 CHANGES = st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1, max_size=3)
