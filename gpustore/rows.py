@@ -35,6 +35,11 @@ def is_array(node: Any) -> bool:
     return type(node) is dict and node.get("tag") == "array"
 
 
+def arrays_in(nodes: list[Any]) -> list[Any]:
+    """Return the array documents of nodes: of all themselves, or of all within structs."""
+    return nodes if "size" in nodes[0] else [node["data"][0] for node in nodes]
+
+
 def groups(lists: Iterable[list[Any]]) -> Iterator[tuple[list[Any], list[Any], list[Any]]]:
     """Yield nodes that share types and size, wherever they are, and the array documents in them.
 
@@ -63,7 +68,7 @@ def groups(lists: Iterable[list[Any]]) -> Iterator[tuple[list[Any], list[Any], l
     for own, firsts in found.values():
         if sum(map(len, own)) >= FEWEST:
             row = [*itertools.chain.from_iterable(own)]
-            yield row, row if row[0] is firsts[0] else [*map(array_in, row)], firsts
+            yield row, arrays_in(row), firsts
 
 
 def pitch_at(buffer: Any, start: int, name_end: int, limit: int) -> int | None:

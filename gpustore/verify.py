@@ -97,9 +97,10 @@ def _digested(content: Any, groups: Iterable[list[Any]]) -> list[tuple[Slot, Slo
     found: list[tuple[Slot, Slot]] = []
     known: set[int] = set()
     for nodes in groups:
-        inner = nodes if "size" in nodes[0] else [*map(rows.array_in, nodes)]
-        is_usual = inner is nodes or [*nodes[0]] == ["tag", "type", "data"]
-        if is_usual and _is_digested(inner[0]):
+        first = rows.array_in(nodes[0])
+        is_usual = first is nodes[0] or [*nodes[0]] == ["tag", "type", "data"]
+        if is_usual and _is_digested(first):
+            inner = rows.arrays_in(nodes)
             fresh = [node for node in inner if id(node) not in known]  # one may be in two groups
             found += [(node["data"], node["blake3"]) for node in fresh]
             known.update(map(id, inner), map(id, nodes))
