@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import sys
 from collections import defaultdict
 from operator import attrgetter
@@ -17,7 +16,7 @@ from gpustore.document import Payload
 from gpustore.dtypes import element_type_of
 from gpustore.julia import PERMUTED, JuliaType, Struct, is_of_both_orders
 from gpustore.layout import SMALL_NBYTES
-from gpustore.small import Alike, SmallArray
+from gpustore.small import Alike, Row, SmallArray
 from gpustore.typeof import array_type, numpy_dtype
 from gpustore.values import Origin, origin_of
 
@@ -109,56 +108,63 @@ def _original(lowerer: Any, container: Any, key: Any, value: Any, twin: Any) -> 
 
 def lower_run(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> list[int]:
     """Lower NumPy arrays of which others have dtype and shape; return the indices of the rest."""
-    if type(node) is dict:
-        node.update(dict.fromkeys(keys))  # in this order
     dtypes, shapes = [*map(_dtype_of, arrays)], [*map(_shape_of, arrays)]
     are_alike = dtypes.count(dtypes[0]) == shapes.count(shapes[0]) == len(arrays)
-    if are_alike and lower_row(lowerer, node, keys, arrays):
+    row = lower_row(lowerer, node, keys, arrays) if are_alike else None
+    if row:
+        if type(node) is dict:
+            node.update(dict.fromkeys(keys, row))
+        else:
+            node[keys[0] : keys[-1] + 1] = [row] * len(keys)
         return []
+    if type(node) is dict:
+        node.update(dict.fromkeys(keys))  # in this order
     groups: defaultdict[Any, list[int]] = defaultdict(list)
     for index, kind in enumerate(zip(dtypes, shapes, strict=True)):
         groups[kind].append(index)
     rest: list[int] = []
     for group in groups.values():
         members = [keys[index] for index in group], [arrays[index] for index in group]
-        if len(group) < rows.FEWEST or not lower_row(lowerer, node, *members):
+        row = lower_row(lowerer, node, *members) if len(group) >= rows.FEWEST else None
+        if row:
+            row.dissolve()
+        else:
             rest += group
     return sorted(rest)
 
 
-def lower_row(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> bool:
-    """Lower small NumPy arrays of one dtype and shape, each as `lower` does; False if they cannot.
+def lower_row(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> Row | None:
+    """Lower small NumPy arrays of one dtype and shape as `lower` would; None if they cannot be.
 
-    They are met for the first time here, and lie in memory as the first one does.
+    They are met for the first time here, and lie in memory as the first one does. The row is to be
+    put into the node.
     """
     first, ids = arrays[0], list(map(id, arrays))
     is_column_major = first.flags.f_contiguous or is_of_both_orders(first.shape)
     if not (is_column_major or lowerer.column_major.isdisjoint(ids)):
-        return False
+        return None
     known = element_type_of(first.dtype)
     order = "F" if is_column_major else "C"
     if known is None or known[1] is not None or type(lowerer.make_payload(first, order)) is Payload:
-        return False
+        return None
     if len(set(ids)) < len(ids) or not lowerer.places.keys().isdisjoint(ids):
-        return False
+        return None
     if Origin in {*map(type, map(_base_of, arrays))}:
-        return False
+        return None
     is_as_stacked = first.ndim == 1 or not is_column_major
     contents = arrays if is_as_stacked else [array.T for array in arrays]
     if not all(map(_is_contiguous, contents)):
-        return False
-    own = alike(lowerer, first, order)
-    made = zip(keys, map(small_array, zip(itertools.repeat(own), contents)), strict=True)
-    if type(node) is dict:
-        node.update(made)
-    else:
-        for key, element in made:
-            node[key] = element
-    lowerer.places.update(zip(ids, zip(itertools.repeat(node), keys, arrays), strict=True))
-    return True
+        return None
+    row = Row(node, keys, alike(lowerer, first, order), contents, arrays)
+    lowerer.places.update(dict.fromkeys(ids, row))
+    return row
 
 
-small_array = functools.partial(tuple.__new__, SmallArray)  # of a pair, faster than its name
+def place_of(lowerer: Any, value: Any) -> tuple[Any, Any, Any]:
+    """Return container, key and object of one that was met; None thrice of one that was not."""
+    found: Any = lowerer.places.get(id(value), (None, None, None))
+    place: tuple[Any, Any, Any] = found.places[id(value)] if type(found) is Row else found
+    return place
 
 
 def _advice(dtype: np.dtype[Any]) -> str:

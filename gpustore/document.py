@@ -3,7 +3,8 @@
 A neutral document is what PyMongo's codec gives: dict, list, str, bytes, float, bool, None, `int`
 (BSON int32) and `bson.int64.Int64` (BSON int64). Leaves are added. `scan` puts a `Slot` in the
 place of each large binary, so that nothing large is read; `plan` takes a `Payload` in the place of
-bytes that are to be streamed into the file, and a `SmallArray` in that of its document.
+bytes that are to be streamed into the file, and a `SmallArray`, or a `Row` of them, in that of
+their documents.
 docs/format.md has the layout.
 """
 
@@ -35,7 +36,7 @@ from gpustore.layout import (
     TooLong,
 )  # fmt: skip
 from gpustore.scanner import Scanner
-from gpustore.small import SmallArray
+from gpustore.small import Row, SmallArray
 
 __all__ = [
     "FORMAT_VERSION", "INLINE_LIMIT", "MAX_DEPTH", "MAX_NAME_NBYTES", "PAGE_ALIGNED_NBYTES",
@@ -87,7 +88,7 @@ def encode(node: dict[str, Any] | list[Any]) -> Encoded:
 
 def depth(node: Any) -> int:
     """Return how many levels of documents and arrays a node has."""
-    if isinstance(node, SmallArray):
+    if isinstance(node, (SmallArray, Row)):
         return node.alike.levels
     if isinstance(node, Encoded):
         return node.depth

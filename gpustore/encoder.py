@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from gpustore.layout import (
     Plan,
     TooLong,
 )  # fmt: skip
-from gpustore.small import Batch, Filled, SmallArray, Template
+from gpustore.small import Alike, Batch, Filled, Row, SmallArray, Template
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -96,8 +96,11 @@ class Encoder:
         first = 0
         for kind, members in itertools.groupby(map(type, nodes)):
             last = first + len(list(members))
-            if kind is SmallArray:
-                self.small_arrays(keys[first:last], nodes[first:last])
+            if kind is Row:
+                self.rows(keys[first:last], nodes[first:last])
+            elif kind is SmallArray:
+                alikes, contents = zip(*nodes[first:last], strict=True)
+                self.small_arrays(keys[first:last], alikes, contents)
             elif kind is Filled:
                 self.filled(keys[first:last], nodes[first:last])
             elif kind is Encoded:
@@ -155,11 +158,22 @@ class Encoder:
         self.segment = bytearray(after)
         self.structures.append(self.segment)
 
-    def small_arrays(self, keys: list[bytes], values: list[SmallArray]) -> None:
+    def rows(self, keys: list[bytes], nodes: list[Row]) -> None:
+        """Encode rows, each of which is in as many nodes as it has arrays."""
+        first = 0
+        while first < len(keys):
+            row = nodes[first]
+            last = first + len(row.contents)
+            self.small_arrays(keys[first:last], [row.alike] * len(row.contents), row.contents)
+            first = last
+
+    def small_arrays(
+        self, keys: list[bytes], alikes: Sequence[Alike], contents: Sequence[Any]
+    ) -> None:
         """Encode arrays into the batch, to which all belongs until the next large one."""
         befores: list[bytes | bytearray] = []
         position, behind, last = self.position(), b"", None
-        for key, (alike, _) in zip(keys, values, strict=True):
+        for key, alike in zip(keys, alikes, strict=True):
             if last != (last := (alike, len(key), position % 64)):
                 self.reach(alike.levels)
                 before = alike.inline(key, position)
@@ -167,10 +181,10 @@ class Encoder:
             befores.append(behind + b"\x03" + key + before)
             position += nbytes
             behind = alike.behind
-        self.batched(befores, [content for _, content in values], behind, position)
+        self.batched(befores, contents, behind, position)
 
     def batched(
-        self, befores: list[bytes | bytearray], contents: list[Any], behind: bytes, end: int
+        self, befores: list[bytes | bytearray], contents: Sequence[Any], behind: bytes, end: int
     ) -> None:
         """Take arrays into the batch, the last of which is followed by `behind` until `end`."""
         segment = self.segment
@@ -247,8 +261,9 @@ class DetachedEncoder(Encoder):
         self.offsets.append(len(self.segment) - len(DETACHED_TAIL) - 8)
         self.segment += DIGEST_ELEMENT + bytes(DIGEST_NBYTES)
 
-    def small_arrays(self, keys: list[bytes], values: list[SmallArray]) -> None:
-        alikes, contents = zip(*values, strict=True)
+    def small_arrays(
+        self, keys: list[bytes], alikes: Sequence[Alike], contents: Sequence[Any]
+    ) -> None:
         self.reach(max(alike.levels for alike in {*alikes}))
         self.batch = self.batch or Batch()
         self.segment += self.batch.add_detached(keys, alikes, contents, len(self.segment))
@@ -384,7 +399,7 @@ _ENCODERS: dict[type, Callable[[Encoder, bytes, Any], None]] = {
     dict: _encode_dict,
     list: _encode_list,
     Payload: lambda encoder, key, value: encoder.payload(key, value),
-    SmallArray: lambda encoder, key, value: encoder.small_arrays([key], [value]),
+    SmallArray: lambda encoder, key, value: encoder.small_arrays([key], value[:1], value[1:]),
     Filled: lambda encoder, key, value: encoder.filled([key], [value]),
     np.ndarray: lambda encoder, key, value: encoder.payload(key, _small(value)),
     Encoded: lambda encoder, key, value: encoder.encoded([key], [value]),

@@ -24,7 +24,7 @@ from gpustore.julia import (
     Struct,
     Symbol,
 )
-from gpustore.small import Alike
+from gpustore.small import Alike, Row
 from gpustore.survey import Form
 from gpustore.tree import TrackedArray
 from gpustore.typeof import (
@@ -73,7 +73,8 @@ class Lowerer:
         self.make_payload, self.column_major = make_payload, column_major
         self.tag_devices, self.spelling, self.forms = tag_devices, spelling, forms or {}
         self.backrefs: list[Any] = []
-        self.places: dict[int, tuple[Any, Any, Any]] = {}  # id -> container, key, the object
+        # id -> container, key, the object
+        self.places: dict[int, tuple[Any, Any, Any] | Row] = {}
         self.encoded: dict[JuliaType, Encoded] = {}
         self.functions: dict[str, Encoded] = {}
         self.memories: dict[Any, Any] = {}  # what a tensor lies in -> the first of that
@@ -107,7 +108,9 @@ class Lowerer:
         """Whether the object was met before; then its document moves to `_backrefs`."""
         if id(value) not in self.places:
             return False
-        first, where, _ = self.places[id(value)]
+        first, where, _ = arrays.place_of(self, value)
+        if type(first[where]) is Row:
+            first[where].dissolve()
         node = first[where]
         if not (type(node) is dict and node.get("tag") == "backref"):
             self.backrefs.append(node)

@@ -49,6 +49,35 @@ class SmallArray(NamedTuple):
         return inner if outer is None else {"tag": "struct", "type": outer, "data": [inner]}
 
 
+small_array = functools.partial(tuple.__new__, SmallArray)  # of a pair, faster than its name
+
+
+class Row:
+    """Small arrays that are alike and follow one another in `node`: a leaf under each of `keys`.
+
+    `contents` are those of a SmallArray each, in the order of the keys; `arrays` are what they were
+    made of.
+    """
+
+    def __init__(
+        self, node: Any, keys: list[Any], alike: Alike, contents: list[Any], arrays: list[Any]
+    ) -> None:
+        self.node, self.keys, self.arrays = node, keys, arrays
+        self.alike, self.contents = alike, contents
+
+    @functools.cached_property
+    def places(self) -> dict[int, tuple[Any, Any, Any]]:
+        """Where each array is, by its id: node, key, the array."""
+        found = zip(repeat(self.node), self.keys, self.arrays)
+        return dict(zip(map(id, self.arrays), found, strict=True))
+
+    def dissolve(self) -> None:
+        """Put each by itself into the node, so that one of them may go elsewhere."""
+        pairs = zip(repeat(self.alike), self.contents)
+        for key, member in zip(self.keys, map(small_array, pairs), strict=True):
+            self.node[key] = member
+
+
 class Alike:
     """What the documents of arrays of one type and size have around their payloads.
 

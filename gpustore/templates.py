@@ -12,7 +12,7 @@ import numpy as np
 from gpustore import arrays
 from gpustore.document import Encoded, Payload, depth
 from gpustore.rows import FEWEST
-from gpustore.small import Filled, SmallArray, Template
+from gpustore.small import Filled, Row, SmallArray, Template, small_array
 from gpustore.survey import ArrayInTemplate, Form
 
 
@@ -111,7 +111,7 @@ class _Alike:
             elif array.order == "F":
                 contents = [value.T for value in column]
             pairs = zip(itertools.repeat(array.alike), contents, strict=False)
-            small.append(map(arrays.small_array, pairs))
+            small.append(map(small_array, pairs))
         parts = [*map(list, zip(*small, strict=True))]
         for key, own in zip(keys[first:], parts, strict=True):
             node[key] = Filled(form.template, own)
@@ -136,9 +136,11 @@ def keep(lowerer: Any, form: Form, node: Any, value: Any) -> None:
     attributes = value if type(value) is dict else vars(value)
     names = []
     for name in form.arrays:
-        where, index, array = lowerer.places.get(id(attributes[name]), (None, None, None))
+        where, index, array = arrays.place_of(lowerer, attributes[name])
         if where is not holder or array is not attributes[name]:
             return
+        if type(holder[index]) is Row:
+            holder[index].dissolve()
         names.append(index)
     held = holder.values() if type(holder) is dict else holder
     own = {id(holder[name]): name for name in names if type(holder[name]) is SmallArray}
@@ -162,4 +164,4 @@ def _is_constant(node: Any) -> bool:
     if type(node) is dict:
         may_be_met = node.get("tag") in ("backref", "datatype")  # most types are encoded
         return not may_be_met and all(map(_is_constant, node.values()))
-    return type(node) not in (SmallArray, Filled, Payload) and not hasattr(node, "__array__")
+    return type(node) not in (SmallArray, Row, Filled, Payload) and not hasattr(node, "__array__")

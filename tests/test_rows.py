@@ -23,12 +23,14 @@ from gpustore import (
     scanner,
     survey,
     tagged,
+    testing,
     transfer,
 )
 from gpustore.document import Slot
 from gpustore.errors import GpustoreError
 from gpustore.julia import JuliaType, Struct
 from gpustore.layout import SLOT_NBYTES
+from gpustore.small import SmallArray
 
 
 @gs.model_type("Main.Pair")
@@ -50,9 +52,9 @@ def _documents_are_not_decoded_whole():
         yield
 
 
-def one_by_one(self, keys, values):
-    for key, value in zip(keys, values, strict=True):
-        self.element(key, value.document())
+def one_by_one(self, keys, *columns):
+    for key, pair in zip(keys, zip(*columns, strict=True), strict=True):
+        self.element(key, SmallArray(*pair).document())
 
 
 def plainly(monkeypatch):
@@ -63,7 +65,7 @@ def plainly(monkeypatch):
     monkeypatch.setattr(tagged, "stamp", lambda element: None)
     for kind in (encoder.Encoder, encoder.DetachedEncoder):
         monkeypatch.setattr(kind, "small_arrays", one_by_one)
-    monkeypatch.setattr(arrays, "lower_row", lambda *row: False)
+    monkeypatch.setattr(arrays, "lower_row", lambda *row: None)
     monkeypatch.setattr(survey, "_forms", lambda cls, nodes: {})
 
 
@@ -236,6 +238,23 @@ def test_a_row_is_written_and_read_as_one(tmp_path, monkeypatch, shape, order):
     for made, array in zip(gs.load(path), arrays, strict=True):
         assert np.array_equal(made, array) and made.flags.c_contiguous == array.flags.c_contiguous
     assert sum(len(row.names) for row in read if row is not None) >= 70
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("again", [[0], [19], [3, 3, 7], [*range(20)]])
+def test_arrays_of_a_row_that_stand_elsewhere_too_stay_shared(tmp_path, layout, again):
+    own = [np.full((2, 3), number, "f4") for number in range(20)]
+    names = {f"n{number}": array for number, array in enumerate(own)}
+    twice = [own[number] for number in again]
+    for first, second in ((names, twice), (twice, names), (own, names), (names, own)):
+        value = {"first": first, "second": second, "row": [array + 1 for array in own]}
+        gs.save(tmp_path / "fast", value, layout=layout)
+        with pytest.MonkeyPatch.context() as patch:
+            plainly(patch)
+            gs.save(tmp_path / "plain", value, layout=layout)
+        assert (tmp_path / "fast").read_bytes() == (tmp_path / "plain").read_bytes()
+        found = gs.load(tmp_path / "fast")
+        testing.assert_same(found, value)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
