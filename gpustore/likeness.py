@@ -180,7 +180,10 @@ class _Maker:
             pairs = zip(node, slots, strict=True)
             makes = [self.of(*pair, depth + 1, is_within=is_within) for pair in pairs]
             return _lists(node, makes)
-        if type(node) is not dict or node.get("tag") == "datatype":
+        if type(node) is not dict:
+            return None
+        if node.get("tag") == "datatype":
+            _refuse_slots(node)
             return None
         if [*node] != [*slots]:
             raise _Unlike
@@ -191,8 +194,7 @@ class _Maker:
             make: Make | None
             is_slot = type(child) is Slot
             if tag in ("array", "struct") and key in ("type", "size"):
-                if _has_slot(child):  # that of one document only
-                    raise _Unlike
+                _refuse_slots(child)
                 make = None
             elif (
                 type(slots[key]) is Slot and tag in ("array", "struct") and (key != "_" or is_slot)
@@ -232,10 +234,13 @@ class _Maker:
         return lambda columns, count, arrays: columns[index]
 
 
-def _has_slot(node: Any) -> bool:
+def _refuse_slots(node: Any) -> None:
+    """Let a node be that of all documents, unless it says where in one of them something is."""
+    if type(node) is Slot:
+        raise _Unlike
     if type(node) is dict or type(node) is list:
-        return any(map(_has_slot, node.values() if type(node) is dict else node))
-    return type(node) is Slot
+        for child in node.values() if type(node) is dict else node:
+            _refuse_slots(child)
 
 
 def _shared(node: Any) -> Make:

@@ -56,12 +56,12 @@ def groups(lists: Iterable[list[Any]]) -> Iterator[tuple[list[Any], list[Any], l
         if type(node) is not dict:
             continue
         inner = node if "size" in node else array_in(node)
-        if type(inner) is not dict or "size" not in inner:
+        if not is_array(inner) or "size" not in inner:
             continue
         is_of_last = inner["size"] is size and inner.get("type") is kind and len(inner) == length
-        if not is_of_last or node.get("type") is not outer:
-            size, kind, outer = inner["size"], inner.get("type"), node.get("type")
-            length = len(inner)
+        around = None if inner is node else node.get("type")
+        if not is_of_last or around is not outer:
+            size, kind, outer, length = inner["size"], inner.get("type"), around, len(inner)
             own, firsts = found[id(size), id(kind), id(outer), length]
         own.append(nodes)
         firsts.append(inner)

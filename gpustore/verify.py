@@ -15,6 +15,7 @@ from gpustore.storage import MappedFile
 Progress = Callable[[int, int], None]
 Report = Callable[[int], None]
 _SMALL_NBYTES = 16 * 1024
+_ARRAY_KEYS = {"tag", "type", "size", "_", "device", "dtype", "python", "data", "blake3"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,24 +97,25 @@ def _digested(content: Any, groups: Iterable[list[Any]]) -> list[tuple[Slot, Slo
     """
     found: list[tuple[Slot, Slot]] = []
     known: set[int] = set()
+    stack = [content]
     for nodes in groups:
         first = rows.array_in(nodes[0])
         is_usual = first is nodes[0] or [*nodes[0]] == ["tag", "type", "data"]
-        if is_usual and _is_digested(first):
+        if is_usual and _is_digested(first) and first.keys() <= _ARRAY_KEYS:
             inner = rows.arrays_in(nodes)
             fresh = [node for node in inner if id(node) not in known]  # one may be in two groups
             found += [(node["data"], node["blake3"]) for node in fresh]
             known.update(map(id, inner), map(id, nodes))
-    stack = [content]
+            stack += (nodes[0].get("type"), first.get("type"))
     while stack:
         node = stack.pop()
         if type(node) is list:
             stack += node
         elif type(node) is dict and id(node) not in known:
+            known.add(id(node))  # types may be shared
             if _is_digested(node):
-                found.append((node["data"], node["blake3"]))  # a type and a size are all else in it
-            else:
-                stack += node.values()
+                found.append((node["data"], node["blake3"]))
+            stack += node.values()  # its type may hold others
     return sorted(found)
 
 

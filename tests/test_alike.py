@@ -22,7 +22,7 @@ from gpustore.errors import FormatError
 from gpustore.julia import JuliaType, Struct, Symbol
 from gpustore.lift import Lifter
 from gpustore.lower import Lowerer
-from gpustore.values import Char, UInt128
+from gpustore.values import Char, JuliaArray, UInt128
 
 
 @gs.model_type("Main.Block")
@@ -403,6 +403,46 @@ def test_digests_of_arrays_beside_those_in_structs_alike_are_found(tmp_path):
         (tmp_path / "a").write_bytes(damaged)
         found = gs.open_file(tmp_path / "a").verify()
         assert found.arrays == 80 and len(found.damaged) == 1 + (damaged != octets)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_arrays_and_structs_around_arrays_of_the_same_type_are_told_apart(tmp_path, count):
+    kind = {"tag": "datatype", "name": ["Lib", "Foo"], "params": [Int64(3)]}
+    array = {**ARRAY, "type": kind, "size": [Int64(count)], "data": bytes(count)}
+    struct = {"tag": "struct", "type": kind, "data": [array]}
+    sized = {"tag": "struct", **{key: ARRAY[key] for key in ("type", "size", "data")}}
+    for nodes in ([struct] * 20 + [array] * 20, [array] * 20 + [struct] * 20, [sized] * 20):
+        (tmp_path / "a").write_bytes(bson.encode({"a": nodes, "padding": "a" * 70_000}))
+        found = outcome(tmp_path / "a")
+        with pytest.MonkeyPatch.context() as patch:
+            plainly(patch)
+            assert found == outcome(tmp_path / "a")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["fields", "dicts", "elements", "structs", "arrays"])
+def test_arrays_within_types_of_objects_alike_are_verified(tmp_path, layout, kind):
+    foo = [JuliaType(("Lib", "Foo"), (np.full(4, 7, "f4"),)) for _ in range(20)]
+    own = [np.full(3, number, "f4") for number in range(20)]
+    value = {
+        "fields": [
+            Struct(JuliaType.named("Lib.Bar"), [*pair]) for pair in zip(own, foo, strict=True)
+        ],
+        "dicts": [{"array": array, "type": known} for array, known in zip(own, foo, strict=True)],
+        "elements": foo,
+        "structs": [Struct(known, [array]) for array, known in zip(own, foo, strict=True)],
+        "arrays": [JuliaArray(known, (3,), bytes(48)) for known in foo],
+    }[kind]
+    gs.save(tmp_path / "a", value=value, layout=layout)
+    with gs.open_file(tmp_path / "a") as stored:
+        assert stored.verify() and stored.verify().arrays >= 20
+        stored.save_for_cpu(tmp_path / "b")
+    assert gs.open_file(tmp_path / "b").verify()
+    for path in (tmp_path / "a", tmp_path / "b"):
+        found = outcome(path)
+        with pytest.MonkeyPatch.context() as patch:
+            plainly(patch)
+            assert found == outcome(path)
 
 
 def test_an_own_class_of_the_package_may_be_registered_before_its_table_is_there():
