@@ -9,6 +9,7 @@ from gpustore import likeness, rows, runs, tagged
 from gpustore.errors import FormatError
 from gpustore.layout import DIGEST_ELEMENT, ROW_NBYTES, SLOT_NBYTES
 
+_MOST = 2  # times the bytes of a buffer
 MANY = 256  # kinds of elements, and of what is kept of them
 
 
@@ -19,7 +20,8 @@ class Repeats:
     `alike` says what a node was read like, by id.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nbytes: int) -> None:
+        self.left = _MOST * nbytes  # of documents that hold arrays, and may hold one another
         # id of a run's first node -> how many it has, and from where to where their payloads lie
         self.runs: dict[int, tuple[int, tuple[int, int] | None]] = {}
         self.is_detached = False  # whether payloads of a run lie after the document
@@ -47,9 +49,8 @@ class Repeats:
         node = tagged.read(scanner, start, end, depth)
         # objects are read with others, by the codec, until one is found that is like another
         is_array = node is not None and rows.is_array(rows.array_in(node))
-        if (is_array or _holds_arrays(scanner, start, end)) and (
-            nbytes in self.likes or len(self.likes) < MANY
-        ):
+        may_repeat = is_array or self.may_hold_arrays(scanner, start, end)
+        if may_repeat and (nbytes in self.likes or len(self.likes) < MANY):
             self.likes.setdefault(nbytes, likeness.Likes()).add(start, end, node)
         if node is None:
             return None
@@ -58,6 +59,18 @@ class Repeats:
         if "data" in node:
             self.arrays.append([node])
         return node, end, False
+
+    def may_hold_arrays(self, scanner: Any, start: int, end: int) -> bool:
+        """Whether a document that others are read with holds a digest.
+
+        Of those within one another so many are looked at that it takes no more than a few times
+        as long as reading the buffer.
+        """
+        if end - start >= min(scanner.slot_nbytes or ROW_NBYTES, ROW_NBYTES) or self.left < 0:
+            return False
+        self.left -= end - start
+        found: int = scanner.buffer.find(DIGEST_ELEMENT, start, end)
+        return found >= 0
 
     def row(
         self, scanner: Any, position: int, name_end: int, limit: int, pitch: int
@@ -81,14 +94,6 @@ class Repeats:
         else:
             self.runs[id(first)] = len(run.nodes), run.placed
         self.is_detached = self.is_detached or run.placed is not None
-
-
-def _holds_arrays(scanner: Any, start: int, end: int) -> bool:
-    """Whether a document that others are read with holds a digest."""
-    if end - start >= min(scanner.slot_nbytes or ROW_NBYTES, ROW_NBYTES):
-        return False
-    found: int = scanner.buffer.find(DIGEST_ELEMENT, start, end)
-    return found >= 0
 
 
 def like_of(scanner: Any, start: int, end: int, node: Any = None) -> likeness.Like | None:

@@ -66,7 +66,7 @@ class Scanner:
     ) -> None:
         self.buffer, self.name, self.slot_nbytes = buffer, name, slot_nbytes
         self.origin, self.is_plain = origin, is_plain
-        self.repeats = Repeats()
+        self.repeats = Repeats(len(buffer))
         # decoded once, and shared
         self.heads: dict[bytes, dict[str, Any] | list[Any]] = {}
         self.shared: dict[bytes, tuple[Any, Any]] = {}  # types, and sizes that follow them

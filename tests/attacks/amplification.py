@@ -255,6 +255,20 @@ def siblings_of_one_size_within_one_another():
 
 
 @attack()
+def chains_of_documents_of_one_size():
+    """Each of a chain may be what that of the other chain is read by; they differ in a text."""
+
+    def chain(mark: str, depth: int = 90) -> dict[str, Any]:
+        flags = {f"k{number:05}": True for number in range(2_000)}
+        node: dict[str, Any] = {**flags, "mark": mark, "blake3": bytes(32)}
+        for _ in range(depth):
+            node = {"mark": mark, "inner": node}
+        return node
+
+    return bson.encode({f"c{number}": chain(str(number)) for number in range(4)})
+
+
+@attack()
 def rows_of_rows_that_are_none():
     """Lists of 24 documents of one size whose last bytes differ, within one another."""
     count = itertools.count()
