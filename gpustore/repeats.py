@@ -28,6 +28,7 @@ class Repeats:
         self.likes: dict[int, likeness.Likes] = {}  # by the nbytes of documents
         self.arrays: list[list[Any]] = []
         self.alike: dict[int, likeness.Like] = {}
+        self.kept: list[Any] = []  # nodes whose ids are noted, should what they are in be refused
         self.types: set[int] = set()  # ids of those that stand for many
 
     def read(
@@ -45,6 +46,7 @@ class Repeats:
             self.arrays += arrays
             if like.is_object or likeness.likes.get(nbytes) is like:
                 self.alike[id(known)] = like
+                self.kept.append(known)
             return known, end, True
         node = tagged.read(scanner, start, end, depth)
         # objects are read with others, by the codec, until one is found that is like another
@@ -85,6 +87,7 @@ class Repeats:
         """Take in a run that is part of the document."""
         for found in run.arrays:
             self.arrays += found
+        self.kept.append(run.nodes)
         for like, nodes in run.groups:
             if like.is_object:
                 self.alike.update(zip(map(id, nodes), itertools.repeat(like), strict=False))
