@@ -160,13 +160,6 @@ def lower_row(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> Ro
     return row
 
 
-def place_of(lowerer: Any, value: Any) -> tuple[Any, Any, Any]:
-    """Return container, key and object of one that was met; None thrice of one that was not."""
-    found: Any = lowerer.places.get(id(value), (None, None, None))
-    place: tuple[Any, Any, Any] = found.places[id(value)] if type(found) is Row else found
-    return place
-
-
 def _advice(dtype: np.dtype[Any]) -> str:
     if dtype.names:
         return f"save the fields of {dtype} as a dict of arrays"

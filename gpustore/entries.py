@@ -15,6 +15,7 @@ from gpustore.storage import MappedFile
 
 
 def document_of(file: MappedFile, found: document.Found | None = None) -> dict[str, Any]:
+    """Return the document of a file that this version reads; large binaries are Slots."""
     slot_nbytes = document.SLOT_NBYTES
     try:
         content = document.scan(file.buffer, name=file.path, slot_nbytes=slot_nbytes, found=found)
@@ -31,6 +32,7 @@ def explained(file: MappedFile, error: FormatError) -> FormatError:
 
 
 def refuse_newer(file: MappedFile, stamp: Any) -> None:
+    """Raise FutureVersionError for the stamp of a format that is newer than this one."""
     version = stamp.get("version") if isinstance(stamp, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise FutureVersionError(

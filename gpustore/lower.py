@@ -24,7 +24,8 @@ from gpustore.julia import (
     Struct,
     Symbol,
 )
-from gpustore.small import Alike, Row
+from gpustore.sharing import Sharing
+from gpustore.small import Alike
 from gpustore.survey import Form
 from gpustore.tree import TrackedArray
 from gpustore.typeof import (
@@ -53,7 +54,7 @@ def _is_short(julia_type: JuliaType) -> bool:
     return max(len(counts), *counts, 0) <= _FEW
 
 
-class Lowerer:
+class Lowerer(Sharing):
     """Lowers values into one document.
 
     `make_payload(array, order)` streams an array in memory order "C" or "F"; `column_major` are
@@ -70,11 +71,9 @@ class Lowerer:
         spelling: frozenset[str] = frozenset(),
         forms: Mapping[int, Form] | None = None,
     ) -> None:
+        super().__init__()
         self.make_payload, self.column_major = make_payload, column_major
         self.tag_devices, self.spelling, self.forms = tag_devices, spelling, forms or {}
-        self.backrefs: list[Any] = []
-        # id -> container, key, the object
-        self.places: dict[int, tuple[Any, Any, Any] | Row] = {}
         self.encoded: dict[JuliaType, Encoded] = {}
         self.functions: dict[str, Encoded] = {}
         self.memories: dict[Any, Any] = {}  # what a tensor lies in -> the first of that
@@ -103,26 +102,6 @@ class Lowerer:
                 self.new(container, key, value, path)
                 if form is not None and form.template is None and form.tries > 0:
                     templates.keep(self, form, container[key], value)
-
-    def is_met(self, container: Any, key: Any, value: Any) -> bool:
-        """Whether the object was met before; then its document moves to `_backrefs`."""
-        if id(value) not in self.places:
-            return False
-        first, where, _ = arrays.place_of(self, value)
-        if type(first[where]) is Row:
-            first[where].dissolve()
-        node = first[where]
-        if not (type(node) is dict and node.get("tag") == "backref"):
-            self.backrefs.append(node)
-            node = {"tag": "backref", "ref": self.int64(len(self.backrefs))}
-            first[where] = node
-        container[key] = dict(node)
-        return True
-
-    def place(self, container: Any, key: Any, value: Any, node: Any) -> Any:
-        container[key] = node
-        self.places[id(value)] = (container, key, value)
-        return node
 
     def new(self, container: Any, key: Any, value: Any, path: str) -> None:
         """Lower an object that has an identity and is met for the first time."""

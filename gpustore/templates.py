@@ -136,7 +136,7 @@ def keep(lowerer: Any, form: Form, node: Any, value: Any) -> None:
     attributes = value if type(value) is dict else vars(value)
     names = []
     for name in form.arrays:
-        where, index, array = arrays.place_of(lowerer, attributes[name])
+        where, index, array = lowerer.place_of(attributes[name])
         if where is not holder or array is not attributes[name]:
             return
         if type(holder[index]) is Row:

@@ -445,6 +445,23 @@ def test_arrays_within_types_of_objects_alike_are_verified(tmp_path, layout, kin
             assert found == outcome(path)
 
 
+def test_nodes_of_an_entry_that_is_refused_are_taken_for_no_others(tmp_path):
+    """What is noted by ids of nodes is of nodes that are there, and whose ids nothing else has."""
+    array = {**ARRAY, "blake3": bytes(32)}
+    struct = {"tag": "struct", "type": TYPE, "data": [array, array]}
+    bad = {"objects": [struct] * 2000, "last": {"x": 1}}
+    octets = bytearray(bson.encode({"bad": bad, "good": {**bad, "last": 2}}))
+    octets[octets.index(b"\x10x\0")] = 0x99
+    (tmp_path / "a").write_bytes(octets)
+    stored = gs.open_file(tmp_path / "a")
+    with pytest.raises(FormatError):
+        stored["bad"]
+    repeats = stored._parts._scanner.repeats
+    kept = [node for part in repeats.kept for node in (part if type(part) is list else [part])]
+    assert len(repeats.alike) > 1000 and repeats.alike.keys() <= {*map(id, kept)}
+    assert len(stored["good"]["objects"]) == 2000
+
+
 def test_an_own_class_of_the_package_may_be_registered_before_its_table_is_there():
     code = (
         "import gpustore as gs; from gpustore import flux; gs.model_type('Main.Mine')(gs.Dense); "

@@ -31,6 +31,7 @@ ORDER = [
     "repeats",
     "scanner",
     "document",
+    "sharing",
     "newfile",
     "storage",
     "foreign",
