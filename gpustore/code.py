@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gpustore.errors import OpaqueCodeError
+from gpustore.errors import FormatError, OpaqueCodeError
 from gpustore.julia import OpaqueDocument, OpaqueFunction, Source
 
 MAX_STATEMENTS = 10_000
 MAX_PARTS = 20_000  # of one function: backrefs let few bytes stand for many of them
 _MAX_DEPTH = 50
 _MAX_NAME = 200  # characters
+_WAY_OUT = "give a Python function for it: load(..., functions={name: function})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,17 +113,18 @@ class Code:
 def read_code(function: OpaqueFunction, lift: Callable[[Any, str], Any]) -> Code:
     """Return the code of an anonymous function; `lift` makes values of what stands in it.
 
-    Raises OpaqueCodeError for a function without code, or of a form that is not known.
+    Raises OpaqueCodeError for a function without code, or of a form that is not known, or damaged.
     """
     kept = function.type
     if not isinstance(kept, OpaqueDocument):
         raise OpaqueCodeError(f"{function.__name__}: this function has no code in the file")
     try:
         return _Reader(kept.source, lift, function.__name__).code(kept.document)
+    except FormatError as error:
+        raise OpaqueCodeError(f"{function.__name__}: {error}; {_WAY_OUT}") from error
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise OpaqueCodeError(
-            f"{function.__name__}: its code is of a form that is not known ({error!r}); "
-            "give a Python function for it: load(..., functions={name: function})"
+            f"{function.__name__}: its code is of a form that is not known ({error!r}); {_WAY_OUT}"
         ) from error
 
 

@@ -2,9 +2,9 @@
 
 A neutral document is what PyMongo's codec gives: dict, list, str, bytes, float, bool, None, `int`
 (BSON int32) and `bson.int64.Int64` (BSON int64). Leaves are added. `scan` puts a `Slot` in the
-place of each large binary, so that nothing large is read; `plan` takes a `Payload` in the place of
-bytes that are to be streamed into the file, and a `SmallArray`, or a `Row` of them, in that of
-their documents.
+place of each large binary, so that nothing large is read, and where it is lazy a `Deferred` in that
+of the code of each long function; `plan` takes a `Payload` in the place of bytes that are to be
+streamed into the file, and a `SmallArray`, or a `Row` of them, in that of their documents.
 docs/format.md has the layout.
 """
 
@@ -28,6 +28,7 @@ from gpustore.layout import (
     SLOT_NBYTES,
     STAMP,
     STRUCTURE_DIGEST,
+    Deferred,
     Encoded,
     Payload,
     Place,
@@ -40,8 +41,8 @@ from gpustore.small import Row, SmallArray
 
 __all__ = [
     "FORMAT_VERSION", "INLINE_LIMIT", "MAX_DEPTH", "MAX_NAME_NBYTES", "PAGE_ALIGNED_NBYTES",
-    "PAYLOAD_DIGEST", "SLOT_NBYTES", "STRUCTURE_DIGEST", "Encoded", "Found", "Parts", "Payload",
-    "Place", "Plan", "Slot", "depth", "encode", "int64", "parts", "plan", "scan",
+    "PAYLOAD_DIGEST", "SLOT_NBYTES", "STRUCTURE_DIGEST", "Deferred", "Encoded", "Found", "Parts",
+    "Payload", "Place", "Plan", "Slot", "depth", "encode", "int64", "parts", "plan", "scan",
 ]  # fmt: skip
 
 
@@ -116,23 +117,26 @@ def scan(
     name: str = "buffer",
     slot_nbytes: int = SLOT_NBYTES,
     found: Found | None = None,
+    is_lazy: bool = False,
 ) -> dict[str, Any]:
     """Return the document at the start of `buffer` (bytes, bytearray or mmap), checked.
 
     Each binary of `slot_nbytes` or more is a `Slot`, and in large documents the data of an array
     from a page on; documents smaller than that are decoded whole by PyMongo's codec. What follows
     the document is not looked at. A length of -1 means that the document ends at its terminator
-    (docs/format.md). What is found on the way is put into `found`. Raises TruncatedFileError or
-    FormatError.
+    (docs/format.md). What is found on the way is put into `found`. Where the scan `is_lazy`, the
+    code of long functions is `Deferred`. Raises TruncatedFileError or FormatError.
 
     >>> scan(bytes.fromhex("0c0000001061000100000000"))
     {'a': 1}
     """
-    scanner = Scanner(buffer, name, slot_nbytes)
+    scanner = Scanner(buffer, name, slot_nbytes, is_lazy=is_lazy)
     document, end = scanner.document(0, len(buffer), 0)
     assert isinstance(document, dict)
     stamp = document.get(STAMP)
     if isinstance(stamp, dict) and stamp.get("layout") == "detached":
+        if scanner.has_deferred:  # where its payloads lie is to be checked
+            return scan(buffer, name=name, slot_nbytes=slot_nbytes, found=found)
         _attach(document, end, len(buffer), scanner)
     elif scanner.repeats.is_detached:
         raise _nothing_behind(name)
@@ -170,8 +174,8 @@ def parts(buffer: Any, *, name: str = "buffer") -> Parts | None:
 
     None where it is to be scanned: payloads follow it, it has many elements, or is malformed.
     """
-    scanner = Scanner(buffer, name, SLOT_NBYTES)
-    spans = scanner.spans()
+    scanner = Scanner(buffer, name, SLOT_NBYTES, is_lazy=True)
+    spans = scanner.spans(0)
     if spans is None:
         return None
     found = Parts(scanner, spans)

@@ -15,10 +15,15 @@ from gpustore.storage import MappedFile
 
 
 def document_of(file: MappedFile, found: document.Found | None = None) -> dict[str, Any]:
-    """Return the document of a file that this version reads; large binaries are Slots."""
+    """Return the document of a file that this version reads.
+
+    Large binaries are Slots, and the code of long functions is Deferred.
+    """
     slot_nbytes = document.SLOT_NBYTES
     try:
-        content = document.scan(file.buffer, name=file.path, slot_nbytes=slot_nbytes, found=found)
+        content = document.scan(
+            file.buffer, name=file.path, slot_nbytes=slot_nbytes, found=found, is_lazy=True
+        )
     except FormatError as error:
         raise explained(file, error) from None
     refuse_newer(file, content.get(STAMP))
@@ -59,22 +64,34 @@ def entries_of(
     `arrays` are the nodes of all that there are, in lists of those alike, where they are known.
     """
     try:
-        if arrays:
-            lift_groups(lifter, arrays)
-            lifter.make_row = None  # there are no others
-        if not is_object(content):
-            missing = [name for name in names if name not in content or name in RESERVED]
-            if not missing:
-                return lifter.entries(content, names or None)
-            found = [key for key in content if key not in RESERVED]
-        else:
-            value = lifter.value(content, "")
-            is_dict = isinstance(value, dict)
-            missing = [name for name in names if not is_dict or name not in value]
-            if not missing:
-                return value
-            found = list(value) if is_dict else []
+        return _wanted(lifter, content, names, path, arrays)
     except RecursionError:
         raise FormatError(f"{path}: the values are nested too deep to be loaded") from None
+    finally:
+        lifter.forget()
+
+
+def _wanted(
+    lifter: Lifter,
+    content: dict[str, Any],
+    names: tuple[str, ...],
+    path: str,
+    arrays: Sequence[Any],
+) -> Any:
+    if arrays:
+        lift_groups(lifter, arrays)
+        lifter.make_row = None  # there are no others
+    if not is_object(content):
+        missing = [name for name in names if name not in content or name in RESERVED]
+        if not missing:
+            return lifter.entries(content, names or None)
+        found = [key for key in content if key not in RESERVED]
+    else:
+        value = lifter.value(content, "")
+        is_dict = isinstance(value, dict)
+        missing = [name for name in names if not is_dict or name not in value]
+        if not missing:
+            return value
+        found = list(value) if is_dict else []
     held = "entries " + ", ".join(map(str, found)) if found else "one object without entries"
     raise EntryNotFoundError(f"{path}: expected an entry {missing[0]!r}, found {held}")

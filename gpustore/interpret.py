@@ -46,6 +46,9 @@ class Runner:
         self.lift, self.functions = lift, functions
         self.code: Code | None = None
 
+    def __deepcopy__(self, memo: Any) -> Runner:
+        return self
+
     def __call__(self, function: OpaqueFunction, args: tuple[Any, ...], options: Any) -> Any:
         """Return what the function gives for these arguments.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpustore.document import Slot
+from gpustore.document import Deferred, Slot
 from gpustore.errors import FormatError, OpaqueCodeError
 from gpustore.notebook import Shown
 
@@ -192,9 +192,9 @@ class Source:
         self.ends: dict[int, Any] = {}  # of chains of backrefs
 
     def resolve(self, node: Any, path: str) -> Any:
-        """Follow backrefs (1-based into `_backrefs`) to what they stand for."""
+        """Follow backrefs (1-based into `_backrefs`) to what they stand for; decode code."""
         if type(node) is not dict or node.get("tag") != "backref" or "ref" not in node:
-            return node
+            return node.value if type(node) is Deferred else node
         found = self.referred(node, path)
         if type(found) is not dict or found.get("tag") != "backref":
             return found
@@ -231,6 +231,9 @@ class OpaqueDocument:
 
     document: dict[str, Any] = field(metadata=LEAF)
     source: Source = field(metadata=LEAF)
+
+    def __deepcopy__(self, memo: Any) -> OpaqueDocument:
+        return self
 
     def __repr__(self) -> str:
         return f"OpaqueDocument({self.document.get('tag')!r})"

@@ -22,6 +22,7 @@ PAGE_ALIGNED_NBYTES = 1024 * 1024  # payloads from this size on begin on a page
 PAGE_NBYTES = 4096  # between payloads there is less than that
 ROW_NBYTES = 1024 * 1024  # of small documents in a row that are handled at once
 TURNED_NBYTES = 2048  # arrays up to this size are turned into their order while a file is planned
+DEFERRED_NBYTES = 4096  # of the code of a function, from which on it is decoded when it is used
 SMALL_NBYTES = 16 * 1024  # arrays up to this size are written in rows
 
 INT32 = struct.Struct("<i")
@@ -34,6 +35,22 @@ class Slot(NamedTuple):
 
     offset: int
     nbytes: int
+
+
+class Deferred:
+    """A part of a document that is decoded when it is first asked for; `value` is what it is.
+
+    That raises FormatError where the part is malformed.
+    """
+
+    def __init__(self, decode: Callable[[], Any]) -> None:
+        self._decode = decode
+
+    @property
+    def value(self) -> Any:
+        known = vars(self)
+        # one and the same for all threads
+        return known["known"] if "known" in known else known.setdefault("known", self._decode())
 
 
 @dataclass(slots=True, eq=False, repr=False)

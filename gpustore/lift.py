@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gpustore import clones, datatypes, flux, kinds, specs, tree, twins, wrappers
-from gpustore.document import Slot, int64
+from gpustore.document import Deferred, Slot, int64
 from gpustore.dtypes import NATIVE_DTYPES
 from gpustore.errors import FormatError
 from gpustore.julia import (
@@ -79,6 +79,7 @@ class Lifter:
         self.weights: dict[int, tuple[int, Any]] = {}  # of tuples that hold tuples
         self.has_lost = False  # whether a LostArray was made
         self.spelling: set[str] = set()  # of Core and Base, those that the file calls Main's
+        self.is_kept = False  # by functions that were made, which lift values when they are called
 
     # --- dispatch ---
 
@@ -98,6 +99,8 @@ class Lifter:
         if kind is bytes or kind is Slot:
             spec = ArraySpec(np.dtype("u1"), (specs.nbytes_of(node),), "F", "cpu", node, None)
             return with_origin(self.make_array(spec, path), BARE)
+        if kind is Deferred:
+            return self.value(node.value, path)
         if kind.__name__ == "DBRef":  # how the codec gives a document that has the key `$ref`
             return self.mapping(dict(node.as_doc()), path)
         raise FormatError(
@@ -274,9 +277,25 @@ class Lifter:
         function = self.memo[id(node)] = OpaqueFunction(julia_type, [])
         from gpustore.interpret import Runner  # 10 ms, for files with functions only
 
+        self.is_kept = True
         function.run = Runner(self.value, self.functions)
         function.captured.extend(self.children(content, path + ".captured"))
         return function
+
+    def forget(self) -> None:
+        """Let go of what is known of documents that may be gone; backrefs stay, and what they are.
+
+        It is for lifters that are kept: the id of a document may soon be that of another.
+        """
+        if not self.is_kept:
+            return
+        ids = {id(node) for node in self.source.backrefs}
+        kept = ids | {~key for key in ids} | {*range(-len(self.source.backrefs), 0)}
+        self.memo = {key: self.memo[key] for key in self.memo.keys() & kept}
+        self.parents = {key: self.parents[key] for key in self.parents.keys() & kept}
+        values = {*map(id, self.memo.values())}
+        self.weights = {key: self.weights[key] for key in self.weights.keys() & values}
+        self.alike, self.parts = {}, set()
 
     def children(self, content: Any, path: str) -> list[Any]:
         if not isinstance(content, list):

@@ -43,7 +43,7 @@ def load(
     - `device`: None puts each array where its tag says (the CPU without one); "cpu", "cuda" or
       "cuda:1" puts all there; a mapping or a callable gives the device for each tag.
     - `verify` checks every digest: in device memory of what is placed there, in the file of the
-      rest.
+      rest. It decodes the code of long functions too, which otherwise is done when they are used.
     - `mmap=False` reads a private copy of the file in place of mapping it.
     - `lost`: "error", or "placeholder" for a LostArray where Julia saved a GPU pointer.
     - `functions` are Python functions for those of Julia that the file calls by name:

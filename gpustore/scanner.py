@@ -11,6 +11,7 @@ from gpustore import likeness, rows, runs, tagged
 from gpustore.encoder import int64
 from gpustore.errors import FormatError, TruncatedFileError
 from gpustore.layout import (
+    DEFERRED_NBYTES,
     DOUBLE,
     INT32,
     INT64,
@@ -18,6 +19,7 @@ from gpustore.layout import (
     MAX_NAME_NBYTES,
     ROW_NBYTES,
     STAMP,
+    Deferred,
     Slot,
 )  # fmt: skip
 from gpustore.repeats import MANY, Repeats
@@ -58,14 +60,23 @@ def _is_same(octets: Any, again: bytes) -> bool:
 class Scanner:
     """Reads the documents of a buffer, which begins in the file at `origin`.
 
-    One that `is_plain` reads none in the likeness of others: such documents may hold others.
+    One that `is_plain` reads none in the likeness of others: such documents may hold others. One
+    that `is_lazy` leaves the code of long functions to be decoded when it is asked for.
     """
 
     def __init__(
-        self, buffer: Any, name: str, slot_nbytes: int, origin: int = 0, *, is_plain: bool = False
+        self,
+        buffer: Any,
+        name: str,
+        slot_nbytes: int,
+        origin: int = 0,
+        *,
+        is_plain: bool = False,
+        is_lazy: bool = False,
     ) -> None:
         self.buffer, self.name, self.slot_nbytes = buffer, name, slot_nbytes
-        self.origin, self.is_plain = origin, is_plain
+        self.origin, self.is_plain, self.is_lazy = origin, is_plain, is_lazy
+        self.has_deferred = False
         self.repeats = Repeats(len(buffer))
         # decoded once, and shared
         self.heads: dict[bytes, dict[str, Any] | list[Any]] = {}
@@ -119,15 +130,16 @@ class Scanner:
             )
         return (values if is_array else dict(zip(keys, values, strict=True))), end
 
-    def spans(self) -> dict[str, tuple[int, int, int]] | None:
-        """Return kind, start and end of each value of the outermost document, decoding none.
+    def spans(self, start: int) -> dict[str, tuple[int, int, int]] | None:
+        """Return kind, start and end of each value of the document at `start`, decoding none.
 
         None where there are many, or where a length does not say the end.
         """
-        limit, position = self.int32(0, len(self.buffer)), 4
-        if limit < 5:
+        limit = start + self.int32(start, len(self.buffer))
+        if limit < start + 5:
             return None
-        self.need(0, limit, len(self.buffer))
+        self.need(start, limit - start, len(self.buffer))
+        position = start + 4
         found: dict[str, tuple[int, int, int]] = {}
         while len(found) <= MANY:
             self.need(position, 1, limit)
@@ -225,6 +237,11 @@ class Scanner:
         nbytes = INT32.unpack_from(self.buffer, start)[0]
         if not rows.FEWEST_NBYTES <= nbytes <= limit - start:
             return None
+        if self.is_lazy and nbytes >= DEFERRED_NBYTES:
+            function = tagged.function(self, start, start + nbytes, depth)
+            if function is not None:
+                self.has_deferred = True
+                return function, start + nbytes, False
         if not self.is_plain:
             return self.repeats.read(self, start, start + nbytes, depth)
         node = tagged.read(self, start, start + nbytes, depth)
@@ -233,6 +250,11 @@ class Scanner:
     def plain(self, slot_nbytes: int) -> Scanner:
         """Return a scanner of the same buffer that reads nothing in the likeness of others."""
         return Scanner(self.buffer, self.name, slot_nbytes, self.origin, is_plain=True)
+
+    def deferred(self, start: int, end: int, depth: int) -> Deferred:
+        """Return what decodes an array when it is asked for."""
+        own = self.plain(self.slot_nbytes)
+        return Deferred(lambda: own.document(start, end, depth, is_array=True)[0])
 
     def add(self, run: runs.Run, is_array: bool, keys: list[str], values: list[Any]) -> int:
         """Take elements that were read at once; return the offset after them."""

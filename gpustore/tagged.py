@@ -16,6 +16,7 @@ from gpustore.errors import FormatError
 from gpustore.layout import (
     ARRAY_HEAD,
     DATA_ELEMENT,
+    DEFERRED_NBYTES,
     DETACHED_TAIL,
     DIGEST_ELEMENT,
     INT32,
@@ -29,6 +30,8 @@ from gpustore.likeness import OF_ONE_FILE
 
 _TYPE_HEAD = b"\x02tag\0\x09\0\0\0datatype\0"
 _SIZE, _FIELDS, _PADDING = b"\x04size\0", b"\x04data\0", b"\x05_\0"
+_BACKREF, _TYPE_NAME = b"\x02tag\0\x08\0\0\0backref\0", b"\x09\0\0\0TypeName\0"
+_TEXT, _DOCUMENT, _LIST = 2, 3, 4
 _PAIR = struct.Struct("<q8xq")  # of a place: its offset and size
 _TYPE_NBYTES = 256  # smaller ones are faster with the codec
 _HEAD_NBYTES, _HEADS = 4096, 256  # of what is kept, and how many
@@ -61,6 +64,37 @@ def read(scanner: Any, start: int, end: int, depth: int) -> dict[str, Any] | Non
     if name != _FIELDS or not (is_around or after == after_type + 11):
         return None
     return _struct(scanner, first, after_type, after, end, depth)
+
+
+def function(scanner: Any, start: int, end: int, depth: int) -> dict[str, Any] | None:
+    """Return the TypeName from `start` to `end` of an anonymous function, its methods deferred.
+
+    BSON.jl writes it as a struct (src/anonymous.jl): the version of Julia comes first, the methods
+    last. Its type may be a backref; of a struct that is like it but for that, the last is deferred
+    too.
+    """
+    buffer, first = scanner.buffer, start + 4 + len(STRUCT_HEAD)
+    if buffer[start + 4 : first] != STRUCT_HEAD:
+        return None
+    after_type = first + INT32.unpack_from(buffer, first)[0]
+    fields = after_type + 6
+    if not first < after_type < end - DEFERRED_NBYTES or buffer[after_type:fields] != _FIELDS:
+        return None
+    if INT32.unpack_from(buffer, fields)[0] != end - 1 - fields or buffer[end - 1]:
+        return None
+    is_known = buffer.find(_TYPE_NAME, first, after_type) >= 0
+    if not is_known and buffer[first + 4 : first + 4 + len(_BACKREF)] != _BACKREF:
+        return None
+    if buffer[fields + 4] != _TEXT:
+        return None
+    spans = scanner.spans(fields)
+    *others, (kind, methods, stop) = spans.values() if spans else [(0, 0, 0)]
+    if kind != _LIST or stop - methods < DEFERRED_NBYTES:
+        return None
+    values = [scanner.value(kind, begin, limit, depth + 1)[0] for kind, begin, limit in others]
+    values.append(scanner.deferred(methods, stop, depth + 2))
+    julia_type, _ = scanner.value(_DOCUMENT, first, after_type, depth)
+    return {"tag": "struct", "type": julia_type, "data": values}
 
 
 def _struct(

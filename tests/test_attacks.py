@@ -39,6 +39,8 @@ CASES = [(name, use) for name, attack in ATTACKS.items() for use in attack.uses]
 def imported():
     """Have all modules imported: their memory is none that an attack takes."""
     gs.load(FUNCTIONS, verify=True)
+    with contextlib.suppress(ImportError):
+        import ml_dtypes  # noqa: F401
 
 
 @pytest.mark.timeout(60)
