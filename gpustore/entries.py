@@ -82,9 +82,11 @@ def _wanted(
         lift_groups(lifter, arrays)
         lifter.make_row = None  # there are no others
     if not is_object(content):
+        if not names:
+            return lifter.entries(content, None)
         missing = [name for name in names if name not in content or name in RESERVED]
         if not missing:
-            return lifter.entries(content, names or None)
+            return lifter.entries(content, names)
         found = [key for key in content if key not in RESERVED]
     else:
         value = lifter.value(content, "")

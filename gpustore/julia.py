@@ -343,7 +343,7 @@ class LostArray:
         return f"LostArray({self.type.name}, {self.element_type}, shape={self.shape})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ArraySpec:
     """What an array document says, checked: `payload` holds `nbytes` of `dtype` in `order`.
 

@@ -29,6 +29,7 @@ from gpustore.julia import (
 )
 from gpustore.kinds import StructKind
 from gpustore.layout import STAMP
+from gpustore.rows import FEWEST
 from gpustore.values import BARE, Entries, with_origin
 
 RESERVED = ("_backrefs", STAMP)
@@ -64,7 +65,9 @@ class Lifter:
         self.source = Source(name, backrefs, read)
         self.resolve, self.malformed = self.source.resolve, self.source.malformed
         self.make_array, self.make_row, self.read, self.name = make_array, make_row, read, name
-        self.functions = {name.replace(".#", "."): f for name, f in (functions or {}).items()}
+        self.functions = functions or {}
+        if functions:
+            self.functions = {name.replace(".#", "."): f for name, f in functions.items()}
         self.alike = alike or {}
         self.memo: dict[int, Any] = {}  # id of a document or list, -n of backref n -> its value
         self.types: dict[Any, JuliaType] = {}
@@ -191,7 +194,7 @@ class Lifter:
 
     def entries(self, document: dict[str, Any], names: tuple[str, ...] | None) -> dict[str, Any]:
         """Return the top-level entries of these names (all of them for None)."""
-        if names is None:
+        if names is None and len(document) >= FEWEST:
             specs.lift_alike(self, document.values())
             clones.lift_alike(self, document.values(), [*document].__getitem__)
         wanted = document.keys() - {*RESERVED} if names is None else {*names}

@@ -103,7 +103,7 @@ class Like:
                 offset = int64()(INT64.unpack_from(buffer, start + own)[0])
                 columns.append([{"offset": offset, "nbytes": int64()(placed_nbytes)}])
             elif is_slot:
-                columns.append([Slot(start + own, stop - own)])
+                columns.append([_slot((start + own, stop - own))])
             else:
                 columns.append([bytes(buffer[start + own : start + stop])])
         arrays: list[Any] = []

@@ -11,7 +11,6 @@ from gpustore import likeness, rows, runs, tagged
 from gpustore.encoder import int64
 from gpustore.errors import FormatError, TruncatedFileError
 from gpustore.layout import (
-    DEFERRED_NBYTES,
     DOUBLE,
     INT32,
     INT64,
@@ -175,7 +174,16 @@ class Scanner:
                 self.need(position, 1, limit)
             kind = self.buffer[position]
             name_end = position if kind == 0 else self.name_end(position, limit)
-            if kind == 3 and not (depth == 0 and self.is_stamp(position, name_end)):
+            if kind == 3 and depth == 0 and self.is_stamp(position, name_end):
+                known = tagged.stamp(self, position, limit - 1)
+                if known is not None:
+                    if run != position:
+                        self.decode_run(run, position, is_array, keys, values)
+                    keys.append(STAMP)
+                    values.append(known)
+                    run = position = limit - 1
+                    continue
+            elif kind == 3:
                 pitch = None
                 if position >= row_from:
                     pitch = rows.pitch_at(self.buffer, position, name_end, limit)
@@ -237,11 +245,6 @@ class Scanner:
         nbytes = INT32.unpack_from(self.buffer, start)[0]
         if not rows.FEWEST_NBYTES <= nbytes <= limit - start:
             return None
-        if self.is_lazy and nbytes >= DEFERRED_NBYTES:
-            function = tagged.function(self, start, start + nbytes, depth)
-            if function is not None:
-                self.has_deferred = True
-                return function, start + nbytes, False
         if not self.is_plain:
             return self.repeats.read(self, start, start + nbytes, depth)
         node = tagged.read(self, start, start + nbytes, depth)
@@ -253,6 +256,7 @@ class Scanner:
 
     def deferred(self, start: int, end: int, depth: int) -> Deferred:
         """Return what decodes an array when it is asked for."""
+        self.has_deferred = True
         own = self.plain(self.slot_nbytes)
         return Deferred(lambda: own.document(start, end, depth, is_array=True)[0])
 
@@ -294,7 +298,7 @@ class Scanner:
         run = bytes(self.buffer[start:end])
         # a type and a size, between the tag and the data of an array: many are alike
         is_head = keys == ["tag"] and values[0] == "array"
-        found = self.heads.get(run) if is_head else None if is_array else tagged.stamp(run)
+        found = self.heads.get(run) if is_head else None
         if found is None:
             framed = INT32.pack(len(run) + 5) + run + b"\0"
             found = self.decode_whole(0, len(framed), is_array, framed, start - 4)

@@ -21,8 +21,18 @@ _SLOWLY_FREED_NBYTES = 32 * 1024 * 1024
 _READING = os.O_RDONLY  # a pipe is not waited for, a terminal does not become ours
 for _flag in ("O_BINARY", "O_NONBLOCK", "O_NOCTTY"):
     _READING |= getattr(os, _flag, 0)
-# of <sys/mman.h>; Python has the name from 3.13 on
-_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+# a private mapping, without reserving memory for it: it may be larger than memory is
+if hasattr(mmap, "MAP_PRIVATE"):
+    # of <sys/mman.h>; Python has the name from 3.13 on
+    _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+    _PRIVATE = {
+        "flags": mmap.MAP_PRIVATE | _NORESERVE,
+        "prot": mmap.PROT_READ | mmap.PROT_WRITE,
+    }
+    if sys.version_info >= (3, 13):  # older ones keep a duplicate of the descriptor open
+        _PRIVATE["trackfd"] = False
+else:  # Windows
+    _PRIVATE = {"access": mmap.ACCESS_COPY}
 
 
 class MappedFile:
@@ -50,14 +60,13 @@ class MappedFile:
         Raises FileNotFoundError, IsADirectoryError, PermissionError, or FormatError for what is
         no regular file.
         """
-        name = os.fsdecode(path)
+        name = path if type(path) is str else os.fsdecode(path)
         descriptor = _opened(name)
         try:
             found = os.fstat(descriptor)
-            if stat.S_ISDIR(found.st_mode):
-                raise _is_a_folder(name)
             if not stat.S_ISREG(found.st_mode):
-                raise _is_no_file(name)
+                is_folder = stat.S_ISDIR(found.st_mode)
+                raise _is_a_folder(name) if is_folder else _is_no_file(name)
             if mmap:
                 return cls(name, _mapped(descriptor), (found.st_dev, found.st_ino))
             return cls(name, _read(descriptor))
@@ -169,19 +178,9 @@ def _is_a_folder(name: str) -> IsADirectoryError:
 
 def _mapped(descriptor: int) -> mmap.mmap | bytearray:
     try:
-        return _private_mapping(descriptor)
+        return mmap.mmap(descriptor, 0, **_PRIVATE)
     except (OSError, ValueError):  # a file system that cannot map, or an empty file
         return _read(descriptor)
-
-
-def _private_mapping(descriptor: int) -> mmap.mmap:
-    """Map the whole file, without reserving memory for it: it may be larger than memory is."""
-    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-    flags, protection = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-    if sys.version_info >= (3, 13):  # older ones keep a duplicate of the descriptor open
-        return mmap.mmap(descriptor, 0, flags, protection, trackfd=False)
-    return mmap.mmap(descriptor, 0, flags, protection)
 
 
 def _read(descriptor: int) -> bytearray:

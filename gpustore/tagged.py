@@ -22,7 +22,6 @@ from gpustore.layout import (
     INT32,
     PAGE_NBYTES,
     PLACE_ELEMENT,
-    STAMP,
     STRUCT_HEAD,
     Slot,
 )  # fmt: skip
@@ -61,39 +60,33 @@ def read(scanner: Any, start: int, end: int, depth: int) -> dict[str, Any] | Non
         return _array(scanner, first, after_type, after, end) if name == _SIZE else None
     # those of no fields, and around an array; others are faster with the codec
     is_around = buffer[after_type + 17 : after_type + 17 + len(ARRAY_HEAD)] == ARRAY_HEAD
-    if name != _FIELDS or not (is_around or after == after_type + 11):
-        return None
-    return _struct(scanner, first, after_type, after, end, depth)
+    if name == _FIELDS and (is_around or after == after_type + 11):
+        return _struct(scanner, first, after_type, after, end, depth)
+    is_long = scanner.is_lazy and name == _FIELDS and after - after_type > DEFERRED_NBYTES
+    return _code(scanner, first, after_type, after, end, depth) if is_long else None
 
 
-def function(scanner: Any, start: int, end: int, depth: int) -> dict[str, Any] | None:
-    """Return the TypeName from `start` to `end` of an anonymous function, its methods deferred.
+def _code(
+    scanner: Any, first: int, after_type: int, after: int, end: int, depth: int
+) -> dict[str, Any] | None:
+    """Return the TypeName of an anonymous function from its type on, its methods deferred.
 
     BSON.jl writes it as a struct (src/anonymous.jl): the version of Julia comes first, the methods
     last. Its type may be a backref; of a struct that is like it but for that, the last is deferred
     too.
     """
-    buffer, first = scanner.buffer, start + 4 + len(STRUCT_HEAD)
-    if buffer[start + 4 : first] != STRUCT_HEAD:
+    buffer, fields = scanner.buffer, after_type + 6
+    is_backref = buffer[first + 4 : first + 4 + len(_BACKREF)] == _BACKREF
+    if not is_backref and buffer.find(_TYPE_NAME, first, after_type) < 0:
         return None
-    after_type = first + INT32.unpack_from(buffer, first)[0]
-    fields = after_type + 6
-    if not first < after_type < end - DEFERRED_NBYTES or buffer[after_type:fields] != _FIELDS:
-        return None
-    if INT32.unpack_from(buffer, fields)[0] != end - 1 - fields or buffer[end - 1]:
-        return None
-    is_known = buffer.find(_TYPE_NAME, first, after_type) >= 0
-    if not is_known and buffer[first + 4 : first + 4 + len(_BACKREF)] != _BACKREF:
-        return None
-    if buffer[fields + 4] != _TEXT:
-        return None
-    spans = scanner.spans(fields)
+    is_last = after == end - 1 and buffer[after] == 0
+    spans = scanner.spans(fields) if is_last and buffer[fields + 4] == _TEXT else None
     *others, (kind, methods, stop) = spans.values() if spans else [(0, 0, 0)]
     if kind != _LIST or stop - methods < DEFERRED_NBYTES:
         return None
+    julia_type, _ = scanner.value(_DOCUMENT, first, after_type, depth)
     values = [scanner.value(kind, begin, limit, depth + 1)[0] for kind, begin, limit in others]
     values.append(scanner.deferred(methods, stop, depth + 2))
-    julia_type, _ = scanner.value(_DOCUMENT, first, after_type, depth)
     return {"tag": "struct", "type": julia_type, "data": values}
 
 
@@ -216,12 +209,14 @@ def _kind(scanner: Any, start: int, stop: int) -> Any:
     return kind
 
 
-def stamp(element: bytes) -> dict[str, Any] | None:
-    """Return a file's stamp, the element as a document, in the likeness of another file's."""
-    if len(element) > _STAMP_NBYTES or element[-1:] != b"\0":
+def stamp(scanner: Any, start: int, end: int) -> dict[str, Any] | None:
+    """Return a file's stamp, the element from `start` to `end`, in the likeness of another's."""
+    buffer = scanner.buffer
+    if end - start > min(_STAMP_NBYTES, scanner.slot_nbytes) or buffer[end - 1]:
         return None
-    known = _stamps.get(element[: -1 - DIGEST_NBYTES])
-    return known and {STAMP: {**known, "blake3": element[-1 - DIGEST_NBYTES : -1]}}
+    digest = end - 1 - DIGEST_NBYTES
+    known = _stamps.get(bytes(buffer[start:digest]))
+    return known and {**known, "blake3": bytes(buffer[digest : end - 1])}
 
 
 def keep_stamp(element: bytes, node: Any) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpustore as gs
-from gpustore import document, layout, listing, scanner, tagged, tree
+from gpustore import document, layout, listing, tagged, tree
 from gpustore.julia import OpaqueDocument, OpaqueFunction
 from gpustore.layout import Deferred
 
@@ -31,7 +31,7 @@ OTHERS = [p for p in sorted(WILD.glob("*.bson")) if b"TypeName" in p.read_bytes(
 def small(monkeypatch):
     """Have the code of every function deferred, however short it and its file are."""
     monkeypatch.setattr(document, "SLOT_NBYTES", 300)
-    for module in (scanner, tagged):
+    for module in (tagged,):
         monkeypatch.setattr(module, "DEFERRED_NBYTES", 32)
 
 
@@ -41,7 +41,7 @@ def plainly(monkeypatch):
 
     def load(path, *names):
         with monkeypatch.context() as within:
-            within.setattr(tagged, "function", lambda *position: None)
+            within.setattr(tagged, "_code", lambda *position: None)
             return gs.load(path, *names, lost="placeholder")
 
     return load

@@ -62,7 +62,7 @@ def plainly(monkeypatch):
     monkeypatch.setattr(rows, "pitch_at", lambda *position: None)
     monkeypatch.setattr(rows, "groups", lambda nodes: [])
     monkeypatch.setattr(scanner.Scanner, "tagged_at", lambda *position: None)
-    monkeypatch.setattr(tagged, "stamp", lambda element: None)
+    monkeypatch.setattr(tagged, "stamp", lambda *position: None)
     for kind in (encoder.Encoder, encoder.DetachedEncoder):
         monkeypatch.setattr(kind, "small_arrays", one_by_one)
     monkeypatch.setattr(arrays, "lower_row", lambda *row: None)
@@ -394,7 +394,7 @@ def test_each_bit_of_a_stamp_gives_what_the_codec_would_give(tmp_path, monkeypat
         changed[bit // 8] ^= 1 << bit % 8
         quick = scanned(bytes(changed))
         with monkeypatch.context() as patch:
-            patch.setattr(tagged, "stamp", lambda element: None)
+            patch.setattr(tagged, "stamp", lambda *position: None)
             assert quick == scanned(bytes(changed)), bit
 
 
