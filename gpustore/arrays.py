@@ -139,7 +139,7 @@ def lower_row(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> Ro
     They are met for the first time here, and lie in memory as the first one does. The row is to be
     put into the node.
     """
-    first, ids = arrays[0], list(map(id, arrays))
+    first, ids = arrays[0], dict.fromkeys(map(id, arrays))
     is_column_major = first.flags.f_contiguous or is_of_both_orders(first.shape)
     if not (is_column_major or lowerer.column_major.isdisjoint(ids)):
         return None
@@ -147,7 +147,7 @@ def lower_row(lowerer: Any, node: Any, keys: list[Any], arrays: list[Any]) -> Ro
     order = "F" if is_column_major else "C"
     if known is None or known[1] is not None or type(lowerer.make_payload(first, order)) is Payload:
         return None
-    if len(set(ids)) < len(ids) or not lowerer.places.keys().isdisjoint(ids):
+    if len(ids) < len(arrays) or not lowerer.places.keys().isdisjoint(ids):
         return None
     if Origin in {*map(type, map(_base_of, arrays))}:
         return None

@@ -266,14 +266,14 @@ class DetachedEncoder(Encoder):
     ) -> None:
         self.reach(max(alike.levels for alike in {*alikes}))
         self.batch = self.batch or Batch()
-        self.segment += self.batch.add_detached(keys, alikes, contents, len(self.segment))
+        self.batch.add_detached(self.segment, keys, alikes, contents)
 
     def in_likeness(self, keys: list[bytes], values: list[Filled]) -> None:
         for template in {template for template, _ in values}:
             if not template.detached[0]:
                 template.detached = _detached(template)
         self.batch = self.batch or Batch()
-        self.segment += self.batch.add_filled(keys, values, len(self.segment))
+        self.batch.add_filled(self.segment, keys, values)
 
     def close(self) -> None:
         if self.batch is not None:
@@ -289,7 +289,7 @@ class DetachedEncoder(Encoder):
         for at, payload in zip(self.offsets, self.payloads, strict=True):
             if isinstance(at, Batch):
                 position = _aligned(position, 64)
-                at.fill(self.segment, position)
+                at.locate(self.segment, position)
                 places.append(Place(position, None))
             else:
                 alignment = 64 if payload.nbytes < PAGE_ALIGNED_NBYTES else 4096
@@ -317,7 +317,7 @@ def _detached(template: Template) -> tuple[bytes, list[int]]:
     encoder = DetachedEncoder()
     encoder.document(template.node)
     assert encoder.batch is not None
-    return bytes(encoder.segment), encoder.batch.at
+    return bytes(encoder.segment), [*encoder.batch.at]
 
 
 def _digest_of(at: int) -> slice:

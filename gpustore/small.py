@@ -6,6 +6,7 @@ So it is with objects that hold a few of them, whose documents differ in nothing
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, chain, repeat
 from operator import methodcaller
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpustore.digest import DIGEST_NBYTES, digests
+from gpustore.digest import DIGEST_NBYTES, contents, digests
 from gpustore.layout import (
     ARRAY_HEAD,
     DATA_ELEMENT,
@@ -22,15 +23,17 @@ from gpustore.layout import (
     INT32,
     INT64,
     PLACE_ELEMENT,
+    SMALL_NBYTES,
     STRUCT_HEAD,
     Encoded,
 )
+from gpustore.rows import FEWEST
 
 _DIGESTED_NBYTES = len(DIGEST_ELEMENT) + DIGEST_NBYTES
 _PADDINGS = [b"\x05_\0" + INT32.pack(n) + b"\0" + bytes(n) for n in range(64)]
 _ZEROS = [bytes(n) for n in range(64)]
 _bytes_of = methodcaller("tobytes")
-_AT_ONCE = 128  # arrays, of 16 KiB at most
+_AT_ONCE_NBYTES = 2 * 1024 * 1024
 
 
 class SmallArray(NamedTuple):
@@ -175,77 +178,112 @@ class Batch:
     def __init__(self) -> None:
         self.arrays: list[Any] = []
         self.befores: list[bytes | bytearray] = []  # inline: the structure before each
-        self.at: list[int] = []  # detached: where in the document their offsets belong
-        self._places: Any = None  # where they lie among themselves
-        self._gaps: list[int] = []  # the nbytes of zeros after each
+        # detached: where in the document their offsets belong, and their nbytes
+        self.at, self.sizes = array("q"), array("q")
+        self._document = bytearray()
+        # where they lie among themselves, and the nbytes of zeros after each
+        self._starts: Any = None
+        self._gaps: Any = None
 
     def inline(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield the bytes from the first payload to the last digest, and the structure in them."""
-        for part in _parts(len(self.arrays)):
+        for part in _parts(len(self.arrays), SMALL_NBYTES):
             payloads = [*map(_bytes_of, self.arrays[part])]
             before, after = self.befores[part], (repeat(DIGEST_ELEMENT), digests(payloads))
             yield _joined(before, payloads, *after), _joined(before, *after)
 
     def add_detached(
-        self, keys: list[bytes], alikes: Sequence[Alike], contents: Iterable[Any], start: int
-    ) -> bytes:
-        """Take in arrays; return their elements, the first of which is at byte `start`."""
+        self,
+        segment: bytearray,
+        keys: list[bytes],
+        alikes: Sequence[Alike],
+        contents: Sequence[Any],
+    ) -> None:
+        """Take in arrays, whose elements follow in the segment."""
+        self.arrays += contents
         wholes = {alike: b"".join(alike.detached) for alike in {*alikes}}
-        sizes = {alike: [*map(len, alike.detached)] for alike in wholes}
-        at = start
+        if len(wholes) == 1 and len(keys) >= FEWEST:
+            ((alike, whole),) = wholes.items()
+            sizes = np.fromiter(map(len, keys), np.int64, len(keys)) + (1 + len(whole))
+            ends = len(segment) + np.cumsum(sizes)
+            self.at.frombytes((ends - len(alike.detached[1])).tobytes())
+            self.sizes += array("q", [alike.nbytes]) * len(keys)
+            for octets in (b"\x03", (whole + b"\x03").join(keys), whole):
+                segment += octets
+            return
+        around = {alike: [*map(len, alike.detached)] for alike in wholes}
+        at = len(segment)
         for key, alike in zip(keys, alikes, strict=True):
-            before, after = sizes[alike]
+            before, after = around[alike]
             at += 1 + len(key) + before
             self.at.append(at)
             at += after
-        self.arrays += contents
-        return _joined(repeat(b"\x03"), keys, map(wholes.__getitem__, alikes))
+            self.sizes.append(alike.nbytes)
+        segment += _joined(repeat(b"\x03"), keys, map(wholes.__getitem__, alikes))
 
-    def add_filled(self, keys: list[bytes], values: list[Filled], start: int) -> bytes:
-        """Take in the arrays of objects as `add_detached` does, and return the elements."""
+    def add_filled(self, segment: bytearray, keys: list[bytes], values: list[Filled]) -> None:
+        """Take in the arrays of objects as `add_detached` does those by themselves."""
         wholes = [template.detached for template, _ in values]
         sizes = [1 + len(key) + len(whole) for key, (whole, _) in zip(keys, wholes, strict=True)]
-        starts = accumulate(sizes, initial=start)
-        self.at += [
+        starts = accumulate(sizes, initial=len(segment))
+        self.at.extend(
             at + 1 + len(key) + place
             for at, key, (_, places) in zip(starts, keys, wholes, strict=False)
             for place in places
-        ]
-        self.arrays += [content for _, parts in values for _, content in parts]
-        return _joined(repeat(b"\x03"), keys, [whole for whole, _ in wholes])
-
-    def detached(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the payloads, each aligned to 64, and the zeros between them."""
-        for part in _parts(len(self.arrays)):
-            if any(self._gaps[part]):
-                gaps = [_ZEROS[nbytes] for nbytes in self._gaps[part]]
-                yield _joined(self.arrays[part], gaps), b"".join(gaps)
-            else:
-                yield b"".join(self.arrays[part]), b""
+        )
+        members = [member for _, parts in values for member in parts]
+        self.arrays += [content for _, content in members]
+        self.sizes.extend([alike.nbytes for alike, _ in members])
+        segment += _joined(repeat(b"\x03"), keys, [whole for whole, _ in wholes])
 
     def place(self) -> int:
         """Let detached payloads follow one another, aligned to 64; return where they end."""
-        sizes = np.array([array.nbytes for array in self.arrays], np.int64)
-        gaps = -sizes % 64
-        gaps[-1] = 0  # nothing is behind the last one
-        ends = np.cumsum(sizes + gaps)
-        self._places, self._gaps = ends - sizes - gaps, gaps.tolist()
+        sizes = np.frombuffer(self.sizes, np.int64)
+        self._gaps = -sizes % 64
+        self._gaps[-1] = 0  # nothing is behind the last one
+        ends = np.cumsum(sizes + self._gaps)
+        self._starts = ends - sizes - self._gaps
         return int(ends[-1])
 
-    def fill(self, document: bytearray, position: int) -> None:
-        """Put offsets, counted from `position` of the file on, and digests into the document."""
-        offsets = self._places.astype("<i8") + position
-        own = b"".join(digests(map(_bytes_of, self.arrays)))
-        at = np.array(self.at)
+    def locate(self, document: bytearray, position: int) -> None:
+        """Put offsets, counted from `position` of the file on, into the document, which is whole.
+
+        The digests come there when the payloads are written.
+        """
+        offsets = (self._starts + position).astype("<i8")
+        at = np.frombuffer(self.at, np.int64)
         _windows(document, 8)[at] = offsets.view(np.uint8).reshape(-1, 8)
-        at += 8 + len(DETACHED_TAIL) + len(DIGEST_ELEMENT)
-        _windows(document, DIGEST_NBYTES)[at] = np.frombuffer(own, np.uint8).reshape(len(at), -1)
+        self._document = document
+
+    def detached(self) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the payloads, each aligned to 64, and the zeros between them."""
+        at = np.frombuffer(self.at, np.int64) + (8 + len(DETACHED_TAIL) + len(DIGEST_ELEMENT))
+        for part in _parts(len(self.arrays), max(self.sizes)):
+            zeros = [_ZEROS[gap] for gap in self._gaps[part].tolist() if gap]
+            octets = b"".join(self.arrays[part])
+            if zeros:
+                gaps = self._gaps[part].tolist()
+                octets = _joined(self.arrays[part], [_ZEROS[nbytes] for nbytes in gaps])
+            starts = (self._starts[part] - self._starts[part.start]).tolist()
+            own = b"".join(digests(_cut(octets, starts, self.sizes[part])))
+            rows = np.frombuffer(own, np.uint8).reshape(-1, DIGEST_NBYTES)
+            _windows(self._document, DIGEST_NBYTES)[at[part]] = rows
+            yield octets, b"".join(zeros)
 
 
-def _parts(count: int) -> Iterator[slice]:
-    """Yield slices of a few arrays each."""
-    for start in range(0, count, _AT_ONCE):
-        yield slice(start, start + _AT_ONCE)
+def _parts(count: int, nbytes: int) -> Iterator[slice]:
+    """Yield slices of as many of `count` arrays, of at most `nbytes` each, as are at once."""
+    at_once = max(_AT_ONCE_NBYTES // max(nbytes, 1), 1)
+    for start in range(0, count, at_once):
+        yield slice(start, min(start + at_once, count))
+
+
+def _cut(octets: bytes, starts: list[int], sizes: array[int]) -> list[bytes]:
+    """Return the bytes of these sizes from each of `starts` on."""
+    nbytes, pitch = sizes[0], starts[-1] // max(len(starts) - 1, 1)
+    if sizes.count(nbytes) == len(sizes):  # then they lie at one pitch
+        return contents(np.ndarray((len(sizes), nbytes), np.uint8, octets, 0, (pitch, 1)))
+    return [octets[at : at + size] for at, size in zip(starts, sizes, strict=True)]
 
 
 def _joined(*columns: Iterable[Any]) -> bytes:
