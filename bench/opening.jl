@@ -10,11 +10,25 @@ struct Dense
     activation::Any
 end
 
+struct Conv
+    activation::Any
+    weight::Array{Float32,4}
+    bias::Array{Float32,1}
+    stride::Tuple
+    pad::Tuple
+    dilation::Tuple
+end
+
 struct Chain
     layers::Tuple
 end
 
 layers(functions) = [Dense(randn(Float32, 512, 512), randn(Float32, 512), f) for f in functions]
+
+function convolutions(channels)
+    pairs = zip(channels, channels[2:end])
+    [Conv(tanh, randn(Float32, 3, 3, from, to), randn(Float32, to), (1, 1), (1, 1, 1, 1), (1, 1)) for (from, to) in pairs]
+end
 
 short(number) = eval(:(x -> reshape(x .+ $(Float64(number)), :, size(x, 4))))
 
@@ -30,6 +44,8 @@ end
 models = [
     "matrix" => randn(Float32, 1024, 2000),
     "structs" => Chain(Tuple(layers(fill(tanh, 8)))),
+    "convolutions" => Chain(Tuple(convolutions([3, 64, 64, 128, 128, 128, 256, 256, 256]))),
+    "many" => Chain(Tuple([Dense(randn(Float32, 32, 32), randn(Float32, 32), tanh) for _ in 1:1900])),
     "long" => Chain(Tuple(layers([long(120) for _ in 1:8]))),
     "short" => Chain(Tuple([short(number) for number in 1:400])),
 ]

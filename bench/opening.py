@@ -30,6 +30,8 @@ CASES = {
     "matrix": "a matrix of 8 MB",
     "structs": "8 layers of 512 by 512, as structs",
     "long": "the same with 8 anonymous functions of 600 calls each",
+    "convolutions": "8 convolutional layers, as structs",
+    "many": "1,900 layers of 32 by 32, as structs",
     "short": "400 short anonymous functions",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from types import FunctionType
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpustore import flux, rows, specs
-from gpustore.julia import JuliaType, Symbol
+from gpustore.julia import JuliaType, Struct, Symbol
 from gpustore.kinds import StructKind, is_plain
 from gpustore.rows import FEWEST
 
@@ -40,29 +41,29 @@ def lift_alike(lifter: Any, nodes: Collection[Any], path_of: Callable[[int], str
 
 def _clones(lifter: Any, first: Any, nodes: Sequence[Any]) -> list[Any]:
     """Return objects as `first` is, which was made of the first node: none where they cannot be."""
-    cls, kind, own = type(first), flux.kind_of(first), nodes[0]
-    if kind is None or kind.cls is not cls or not is_plain(cls):
+    own = nodes[0]
+    fields = _fields(first)
+    if fields is None or list(own) != ["tag", "type", "data"] or type(own["data"]) is not list:
         return []
-    if list(own) != ["tag", "type", "data"] or type(own["data"]) is not list:
-        return []
-    attributes, columns = dict(vars(first)), {}
-    usual = {*kind.fields, *_OF_FILE, *dict(kind.from_type)}
-    if not {*kind.fields} <= attributes.keys() <= usual:
-        return []
+    columns = {}
     differing = len(lifter.alike[id(own)].holes)  # parts of the nodes
-    for name, value in attributes.items():
-        if type(value) is np.ndarray and name in kind.fields:
-            index = kind.fields.index(name)
+    for name, (value, index) in fields.items():
+        if type(value) is np.ndarray and index is not None:
             column = _arrays(lifter, [node["data"][index] for node in nodes])
             if column is None or column[0] is not value:
                 return []
             columns[name] = column
-            differing -= len({"data", "blake3"} & rows.array_in(nodes[0]["data"][index]).keys())
+            differing -= len({"data", "blake3"} & rows.array_in(own["data"][index]).keys())
         elif not (type(value) in _SHARED or _is_known(value)):
             return []
     if differing:  # in what is no array
         return []
-    made = [first]
+    if type(first) is Struct:
+        kind, names, data = first.type, first.fields, first.data
+        parts = (columns.get(index) or itertools.repeat(part) for index, part in enumerate(data))
+        rest = map(list, itertools.islice(zip(*parts, strict=False), 1, len(nodes)))
+        return [first, *(Struct(kind, own_data, names) for own_data in rest)]
+    cls, attributes, made = type(first), dict(vars(first)), [first]
     for number in range(1, len(nodes)):
         one = object.__new__(cls)
         held = one.__dict__
@@ -71,6 +72,20 @@ def _clones(lifter: Any, first: Any, nodes: Sequence[Any]) -> list[Any]:
             held[name] = column[number]
         made.append(one)
     return made
+
+
+def _fields(one: Any) -> dict[Any, tuple[Any, int | None]] | None:
+    """Return the parts of an object and where its node has them; None if it may hold others."""
+    if type(one) is Struct:
+        return {i: (part, i) for i, part in enumerate(one.data)} if type(one.data) is list else None
+    cls, kind = type(one), flux.kind_of(one)
+    if kind is None or kind.cls is not cls or not is_plain(cls):
+        return None
+    attributes, places = vars(one), {name: index for index, name in enumerate(kind.fields)}
+    usual = {*kind.fields, *_OF_FILE, *dict(kind.from_type)}
+    if not places.keys() <= attributes.keys() <= usual:
+        return None
+    return {name: (value, places.get(name)) for name, value in attributes.items()}
 
 
 def _arrays(lifter: Any, nodes: list[Any]) -> list[Any] | None:

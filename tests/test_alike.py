@@ -94,6 +94,38 @@ def test_layers_whose_kinds_alternate_are_made_at_once(tmp_path, monkeypatch, la
     assert len(lifted) < 100
 
 
+@pytest.mark.parametrize("note", [None, "a", gs.relu, JuliaType.named("Core.Any")])
+def test_structs_that_have_no_class_are_made_at_once(tmp_path, monkeypatch, note):
+    """Julia's own files have no digests; those alike in them lie at one pitch."""
+    kind = {"tag": "datatype", "name": ["Main", "Layer"], "params": []}
+    float32 = {"tag": "datatype", "name": ["Core", "Float32"], "params": []}
+
+    def array(number, *shape):
+        octets = np.full(shape, number, "f4").tobytes()
+        size = [bson.Int64(n) for n in shape]
+        return {"tag": "array", "type": float32, "size": size, "data": octets}
+
+    gs.save(tmp_path / "note", note=note)
+    told = bson.decode((tmp_path / "note").read_bytes())["note"]
+    nodes = [
+        {"tag": "struct", "type": kind, "data": [array(n, 2, 300), told, array(-n, 50)]}
+        for n in range(100, 200)
+    ]
+    path = tmp_path / "layers"
+    path.write_bytes(bson.encode({"layers": nodes}))
+    lifted = counted(monkeypatch, Lifter, "unknown")
+    layers = gs.load(path, "layers")
+    assert len(lifted) < 15  # the first ten have shorter names
+    for number, layer in enumerate(layers, 100):
+        assert type(layer) is Struct and layer.type is layers[0].type
+        assert layer.data[0].shape == (2, 300) and (layer.data[0] == number).all()
+        assert layer.data[1] is note or layer.data[1] == note
+        assert layer.data[2].shape == (50,) and (layer.data[2] == -number).all()
+    assert len({id(layer.data) for layer in layers}) == len(layers)
+    layers[1].data[0][:] = 0
+    assert (layers[2].data[0] == 102).all()
+
+
 VALUES = st.sampled_from(
     [True, 1, 1.0, -0.0, 0.0, 0, float("nan"), None, "a", Symbol("a"), gs.relu, gs.tanh, 2**70,
      np.float32(1), (1, 2), JuliaType.named("Core.Any")]
@@ -109,13 +141,15 @@ def test_objects_are_written_as_each_would_be(tmp_path_factory, notes, layout, d
     for _ in range(data.draw(st.integers(0, 2))):
         one, other = data.draw(st.tuples(*[st.integers(0, count - 1)] * 2))
         weights[one] = weights[other]
-    kind = data.draw(st.sampled_from(["block", "dict", "dense", "nested"]))
+    kind = data.draw(st.sampled_from(["block", "dict", "dense", "nested", "struct"]))
     scales = [np.full(2, number) for number in range(count)]
     rows = [*zip(weights, scales, notes, strict=True)]
     if kind == "block":
         objects = [Block(*row) for row in rows]
     elif kind == "nested":
         objects = [Block({"of": weight}, scale, note) for weight, scale, note in rows]
+    elif kind == "struct":
+        objects = [Struct(JuliaType.named("Main.Net"), [*row]) for row in rows]
     elif kind == "dense":
         objects = [gs.Dense(weight, scale.astype("f4")) for weight, scale, _ in rows]
     else:
