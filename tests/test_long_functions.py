@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpustore as gs
-from gpustore import document, layout, listing, tagged, tree
+from gpustore import document, listing, tagged, tree
 from gpustore.julia import OpaqueDocument, OpaqueFunction
 from gpustore.layout import Deferred
 
@@ -31,8 +31,7 @@ OTHERS = [p for p in sorted(WILD.glob("*.bson")) if b"TypeName" in p.read_bytes(
 def small(monkeypatch):
     """Have the code of every function deferred, however short it and its file are."""
     monkeypatch.setattr(document, "SLOT_NBYTES", 300)
-    for module in (tagged,):
-        monkeypatch.setattr(module, "DEFERRED_NBYTES", 32)
+    monkeypatch.setattr(tagged, "DEFERRED_NBYTES", 32)
 
 
 @pytest.fixture
@@ -223,10 +222,6 @@ def test_what_lies_otherwise_than_julia_writes_it_is_read_the_plain_way(
             return str(error)
 
     assert outcome(gs.load) == outcome(plainly)
-
-
-def test_the_threshold_is_one_page():
-    assert layout.DEFERRED_NBYTES == layout.PAGE_NBYTES
 
 
 def test_what_code_refers_to_is_what_was_loaded(networks):
