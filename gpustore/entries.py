@@ -68,7 +68,8 @@ def entries_of(
     except RecursionError:
         raise FormatError(f"{path}: the values are nested too deep to be loaded") from None
     finally:
-        lifter.forget()
+        if lifter.lock is not None:
+            lifter.forget()
 
 
 def _wanted(

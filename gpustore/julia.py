@@ -185,11 +185,13 @@ def is_equal(a: Any, b: Any) -> bool:
 class Source:
     """The file a value came from: its `_backrefs`, and how to read the bytes of a slot."""
 
-    __slots__ = ("backrefs", "ends", "name", "read")
+    __slots__ = ("alive", "backrefs", "ends", "name", "read")
 
     def __init__(self, name: str, backrefs: list[Any], read: Callable[[Slot], bytes]) -> None:
         self.name, self.backrefs, self.read = name, backrefs, read
         self.ends: dict[int, Any] = {}  # of chains of backrefs
+        # of those that were followed: id, ~id and -number, by which lifters know what they are
+        self.alive: set[int] = set()
 
     def resolve(self, node: Any, path: str) -> Any:
         """Follow backrefs (1-based into `_backrefs`) to what they stand for; decode code."""
@@ -213,7 +215,10 @@ class Source:
         number = node["ref"]
         is_number = isinstance(number, int) and number is not True
         if is_number and 0 < number <= len(self.backrefs):
-            return self.backrefs[number - 1]
+            found = self.backrefs[number - 1]
+            if -number not in self.alive:
+                self.alive.update((id(found), ~id(found), -number))
+            return found
         what = repr(number) if is_number else f"a {type(number).__name__}"
         raise self.malformed(
             path, f"expected a backref from 1 to {len(self.backrefs)}, found {what}"
@@ -343,7 +348,7 @@ class LostArray:
         return f"LostArray({self.type.name}, {self.element_type}, shape={self.shape})"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True)  # a frozen one takes 0.6 us longer to make, a tenth of reading an array
 class ArraySpec:
     """What an array document says, checked: `payload` holds `nbytes` of `dtype` in `order`.
 

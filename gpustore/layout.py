@@ -22,7 +22,8 @@ PAGE_ALIGNED_NBYTES = 1024 * 1024  # payloads from this size on begin on a page
 PAGE_NBYTES = 4096  # between payloads there is less than that
 ROW_NBYTES = 1024 * 1024  # of small documents in a row that are handled at once
 TURNED_NBYTES = 2048  # arrays up to this size are turned into their order while a file is planned
-DEFERRED_NBYTES = 4096  # of the code of a function, from which on it is decoded when it is used
+# the code of a function, of so many bytes and not more, is decoded when it is used
+DEFERRED_NBYTES, MOST_DEFERRED_NBYTES = 4096, 16 * 1024 * 1024
 SMALL_NBYTES = 16 * 1024  # arrays up to this size are written in rows
 
 INT32 = struct.Struct("<i")
@@ -44,13 +45,15 @@ class Deferred:
     """
 
     def __init__(self, decode: Callable[[], Any]) -> None:
-        self._decode = decode
+        self._decode: Callable[[], Any] | None = decode
 
     @property
     def value(self) -> Any:
-        known = vars(self)
-        # one and the same for all threads
-        return known["known"] if "known" in known else known.setdefault("known", self._decode())
+        decode, known = self._decode, vars(self)
+        if decode is not None:
+            known.setdefault("known", decode())  # one and the same for all threads
+            self._decode = None
+        return known["known"]
 
 
 @dataclass(slots=True, eq=False, repr=False)

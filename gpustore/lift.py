@@ -7,6 +7,8 @@ cycles of the file are those of the result. A type that has no Python twin stays
 from __future__ import annotations
 
 import contextlib
+import itertools
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,12 +79,12 @@ class Lifter:
         self.dtypes = dict(NATIVE_DTYPES)  # of element types without parameters
         self.int64 = int64()
         self.shared = 0  # elements and bytes of lists and binaries that are parts of several values
-        self.parts: set[int] = set()  # ids of those that `once` was asked about
+        self.parts: dict[int, None] = {}  # ids of those that `once` was asked about
         self.parents: dict[int, Any] = {}  # id of an array document -> it in row-major order
         self.weights: dict[int, tuple[int, Any]] = {}  # of tuples that hold tuples
         self.has_lost = False  # whether a LostArray was made
         self.spelling: set[str] = set()  # of Core and Base, those that the file calls Main's
-        self.is_kept = False  # by functions that were made, which lift values when they are called
+        self.lock: threading.Lock | None = None  # where functions were made, which keep this
 
     # --- dispatch ---
 
@@ -105,7 +107,11 @@ class Lifter:
         if kind is Deferred:
             return self.value(node.value, path)
         if kind.__name__ == "DBRef":  # how the codec gives a document that has the key `$ref`
-            return self.mapping(dict(node.as_doc()), path)
+            whole = dict(node.as_doc())
+            try:
+                return self.mapping(whole, path)
+            finally:
+                del self.memo[id(whole)]  # which is gone
         raise FormatError(
             f"{self.name}: {path}: found a value of type {kind.__name__}, which BSON.jl never "
             "writes; this is a MongoDB document: read it with PyMongo or bsondump"
@@ -280,25 +286,34 @@ class Lifter:
         function = self.memo[id(node)] = OpaqueFunction(julia_type, [])
         from gpustore.interpret import Runner  # 10 ms, for files with functions only
 
-        self.is_kept = True
-        function.run = Runner(self.value, self.functions)
+        self.lock = self.lock or threading.Lock()
+        function.run = Runner(self.later, self.functions)
         function.captured.extend(self.children(content, path + ".captured"))
         return function
 
-    def forget(self) -> None:
+    def later(self, node: Any, path: str) -> Any:
+        """Return the value of a node of code, which may be gone with its function thereafter."""
+        assert self.lock is not None
+        with self.lock:
+            since = len(self.memo), len(self.parents), len(self.parts)
+            try:
+                return self.value(node, path)
+            finally:
+                self.forget(since)
+
+    def forget(self, since: tuple[int, int, int] = (0, 0, 0)) -> None:
         """Let go of what is known of documents that may be gone; backrefs stay, and what they are.
 
-        It is for lifters that are kept: the id of a document may soon be that of another.
+        Their ids may soon be those of others. All from `since` on is looked at.
         """
-        if not self.is_kept:
-            return
-        ids = {id(node) for node in self.source.backrefs}
-        kept = ids | {~key for key in ids} | {*range(-len(self.source.backrefs), 0)}
-        self.memo = {key: self.memo[key] for key in self.memo.keys() & kept}
-        self.parents = {key: self.parents[key] for key in self.parents.keys() & kept}
-        values = {*map(id, self.memo.values())}
-        self.weights = {key: self.weights[key] for key in self.weights.keys() & values}
-        self.alike, self.parts = {}, set()
+        for known, count in zip((self.memo, self.parents, self.parts), since, strict=True):
+            for key in [*itertools.islice(reversed(known), len(known) - count)]:
+                if key not in self.source.alive:
+                    del known[key]
+        if since == (0, 0, 0):
+            values = {*map(id, self.memo.values())}
+            self.weights = {key: self.weights[key] for key in self.weights.keys() & values}
+            self.alike = {}
 
     def children(self, content: Any, path: str) -> list[Any]:
         if not isinstance(content, list):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpustore import arrays, devices, dictionaries, document, flux, kinds, templates, twins
-from gpustore.document import Deferred, Encoded, Payload, Slot
+from gpustore.document import Encoded, Payload, Slot
 from gpustore.dtypes import element_type_of
 from gpustore.errors import UnsupportedValueError
 from gpustore.julia import (
@@ -380,8 +380,6 @@ class Lowerer(Sharing):
 
     def opaque(self, container: Any, key: Any, node: Any, kept: OpaqueDocument) -> None:
         """Copy a document of a file, its backrefs numbered anew."""
-        if type(node) is Deferred:
-            node = node.value
         target = kept.source.resolve(node, "an opaque value")
         if target is not node:
             if not self.is_met(container, key, target):

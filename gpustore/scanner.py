@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import sys
 from typing import Any, cast
 
 import numpy as np
@@ -255,10 +256,11 @@ class Scanner:
         return Scanner(self.buffer, self.name, slot_nbytes, self.origin, is_plain=True)
 
     def deferred(self, start: int, end: int, depth: int) -> Deferred:
-        """Return what decodes an array when it is asked for."""
+        """Return what decodes an array when it is asked for, whatever the file is by then."""
         self.has_deferred = True
-        own = self.plain(self.slot_nbytes)
-        return Deferred(lambda: own.document(start, end, depth, is_array=True)[0])
+        octets, origin = self.buffer[start:end], self.origin + start
+        own = Scanner(octets, self.name, sys.maxsize, origin, is_plain=True)
+        return Deferred(lambda: own.document(0, len(octets), depth, is_array=True)[0])
 
     def add(self, run: runs.Run, is_array: bool, keys: list[str], values: list[Any]) -> int:
         """Take elements that were read at once; return the offset after them."""

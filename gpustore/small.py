@@ -259,23 +259,22 @@ class Batch:
         """Yield the payloads, each aligned to 64, and the zeros between them."""
         at = np.frombuffer(self.at, np.int64) + (8 + len(DETACHED_TAIL) + len(DIGEST_ELEMENT))
         for part in _parts(len(self.arrays), max(self.sizes)):
-            zeros = [_ZEROS[gap] for gap in self._gaps[part].tolist() if gap]
-            octets = b"".join(self.arrays[part])
-            if zeros:
-                gaps = self._gaps[part].tolist()
-                octets = _joined(self.arrays[part], [_ZEROS[nbytes] for nbytes in gaps])
+            zeros = [_ZEROS[nbytes] for nbytes in self._gaps[part].tolist()]
+            between = b"".join(zeros)
+            own = self.arrays[part]
+            octets = _joined(own, zeros) if between else b"".join(own)
             starts = (self._starts[part] - self._starts[part.start]).tolist()
-            own = b"".join(digests(_cut(octets, starts, self.sizes[part])))
-            rows = np.frombuffer(own, np.uint8).reshape(-1, DIGEST_NBYTES)
+            found = b"".join(digests(_cut(octets, starts, self.sizes[part])))
+            rows = np.frombuffer(found, np.uint8).reshape(-1, DIGEST_NBYTES)
             _windows(self._document, DIGEST_NBYTES)[at[part]] = rows
-            yield octets, b"".join(zeros)
+            yield octets, between
 
 
 def _parts(count: int, nbytes: int) -> Iterator[slice]:
     """Yield slices of as many of `count` arrays, of at most `nbytes` each, as are at once."""
     at_once = max(_AT_ONCE_NBYTES // max(nbytes, 1), 1)
     for start in range(0, count, at_once):
-        yield slice(start, min(start + at_once, count))
+        yield slice(start, start + at_once)
 
 
 def _cut(octets: bytes, starts: list[int], sizes: array[int]) -> list[bytes]:

@@ -35,7 +35,7 @@ def once(lifter: Any, node: Any, path: str) -> Any:
     payload = found.get("data") if isinstance(found, dict) else found
     if id(found) in lifter.parts:
         lifter.count_shared(lifter.resolve(payload, path), path)
-    lifter.parts.add(id(found))
+    lifter.parts[id(found)] = None
     return found
 
 

@@ -20,6 +20,7 @@ from gpustore.layout import (
     DETACHED_TAIL,
     DIGEST_ELEMENT,
     INT32,
+    MOST_DEFERRED_NBYTES,
     PAGE_NBYTES,
     PLACE_ELEMENT,
     STRUCT_HEAD,
@@ -79,10 +80,14 @@ def _code(
     is_backref = buffer[first + 4 : first + 4 + len(_BACKREF)] == _BACKREF
     if not is_backref and buffer.find(_TYPE_NAME, first, after_type) < 0:
         return None
-    is_last = after == end - 1 and buffer[after] == 0
-    spans = scanner.spans(fields) if is_last and buffer[fields + 4] == _TEXT else None
+    if after != end - 1 or buffer[after] or buffer[fields + 4] != _TEXT:
+        return None
+    try:
+        spans = scanner.spans(fields)
+    except FormatError:  # the plain way says more, and knows of names that are not looked at
+        return None
     *others, (kind, methods, stop) = spans.values() if spans else [(0, 0, 0)]
-    if kind != _LIST or stop - methods < DEFERRED_NBYTES:
+    if kind != _LIST or not DEFERRED_NBYTES <= stop - methods <= MOST_DEFERRED_NBYTES:
         return None
     julia_type, _ = scanner.value(_DOCUMENT, first, after_type, depth)
     values = [scanner.value(kind, begin, limit, depth + 1)[0] for kind, begin, limit in others]

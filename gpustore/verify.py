@@ -137,9 +137,9 @@ def verify_file(
     `damaged` holds the paths of arrays, and "structure" where the rest of the file differs. A
     file that Julia wrote has no digests: nothing is checked.
     """
-    digests = Digests(file)
-    damaged = digests.damaged(path_at, counted(progress, file.nbytes))
-    return Verification(damaged, len(digests.payloads), digests.has_structure_digest)
+    own = Digests(file)
+    damaged = own.damaged(path_at, counted(progress, file.nbytes))
+    return Verification(damaged, len(own.payloads), own.has_structure_digest)
 
 
 def counted(progress: Progress | None, total: int) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import gzip
@@ -179,6 +180,7 @@ def test_damaged_code_is_said_when_it_is_used(networks, tmp_path):
         with pytest.raises(gs.OpaqueCodeError, match=r"damaged\.bson: byte .*functions=") as found:
             use(broken[0])
         assert isinstance(found.value.__cause__, gs.FormatError)
+        assert "form" not in str(found.value)
 
 
 def test_damaged_code_is_found_by_saving_and_verifying(networks, tmp_path):
@@ -204,16 +206,58 @@ def test_a_struct_that_begins_like_code_is_what_it_is(small, plainly, tmp_path):
     assert found["a"] is found["b"][0] and found["a"].data[2][99] == ("a", 99)
 
 
-@pytest.mark.parametrize("keys", [["tag", "type", "data"], ["data", "type", "tag"]])
-@pytest.mark.parametrize("more", [{}, {"note": "x"}, {"type": {"tag": "symbol", "name": "x"}}])
+TYPE_NAME = {"tag": "datatype", "name": ["Core", "TypeName"], "params": []}
+OTHER = {"tag": "datatype", "name": ["Main", "TypeNames"], "params": []}
+LONG = [["m"] * 50]
+FIELDS = ["1.5.3", {"tag": "symbol", "name": "#1#2"}, LONG]
+USUAL = [("tag", "struct"), ("type", TYPE_NAME), ("data", FIELDS)]
+
+
+def raw(elements, end=b"\0"):
+    """Return a document of these elements, also of keys given twice or in arrays."""
+    octets = b"".join(bson.encode({key: value})[4:-1] for key, value in elements) + end
+    return (len(octets) + 4).to_bytes(4, "little") + octets
+
+
+def with_fields(*elements):
+    """Return the usual struct with fields of these names and values."""
+    fields = raw(elements)
+    tail = b"\x04data\0" + fields + b"\0"
+    head = raw(USUAL[:2])[4:-1]
+    return (len(head + tail) + 4).to_bytes(4, "little") + head + tail
+
+
+CASES = {
+    "usual": (raw(USUAL), True),
+    "a backref as type": (raw([USUAL[0], ("type", {"tag": "backref", "ref": 1}), USUAL[2]]), True),
+    "names of fields that are the same": (with_fields(*(("0", part) for part in FIELDS)), False),
+    "names of fields that are none": (
+        with_fields(*zip("abc", FIELDS, strict=True)).replace(b"\x02a\0", b"\x02\xb1\0", 1),
+        False,
+    ),
+    "keys in another order": (raw(USUAL[::-1]), False),
+    "another type": (raw([USUAL[0], ("type", OTHER), USUAL[2]]), False),
+    "a type twice": (raw([*USUAL, ("type", TYPE_NAME)]), False),
+    "fields twice": (raw([*USUAL, USUAL[2]]), False),
+    "a note": (raw([*USUAL, ("note", "x")]), False),
+    "no end": (raw(USUAL, b"\1"), False),
+    "two ends": (raw(USUAL, b"\0\0"), False),
+    "no version": (raw([*USUAL[:2], ("data", [1, *FIELDS[1:]])]), False),
+    "short methods": (raw([*USUAL[:2], ("data", [*FIELDS[:2], ["m"]])]), False),
+    "a text last": (raw([*USUAL[:2], ("data", [*FIELDS[:2], "m" * 300])]), False),
+    "one field": (raw([*USUAL[:2], ("data", ["1.5.3"])]), False),
+    "no fields": (raw([*USUAL[:2], ("data", [])]), False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_what_lies_otherwise_than_julia_writes_it_is_read_the_plain_way(
-    keys, more, small, plainly, tmp_path
+    name, small, plainly, tmp_path
 ):
-    kind = {"tag": "datatype", "name": ["Core", "TypeName"], "params": []}
-    fields = ["1.5.3", {"tag": "symbol", "name": "#1#2"}, [["m"] * 50]]
-    struct = {"tag": "struct", "type": kind, "data": fields} | more
+    struct, is_deferred = CASES[name]
+    octets = raw([("_backrefs", [TYPE_NAME]), ("padding", ["x" * 300])])[4:-1] + b"\x03a\0" + struct
     path = tmp_path / "code.bson"
-    path.write_bytes(bson.encode({"a": {key: struct[key] for key in [*keys, *more]}}))
+    path.write_bytes((len(octets) + 5).to_bytes(4, "little") + octets + b"\0")
 
     def outcome(load):
         try:
@@ -222,6 +266,93 @@ def test_what_lies_otherwise_than_julia_writes_it_is_read_the_plain_way(
             return str(error)
 
     assert outcome(gs.load) == outcome(plainly)
+    found = {}
+    with contextlib.suppress(gs.FormatError):
+        found = document.scan(path.read_bytes(), slot_nbytes=300, is_lazy=True)
+    fields = found.get("a", {}).get("data", [])
+    assert any(isinstance(field, Deferred) for field in fields) == is_deferred
+
+
+def test_code_of_which_much_is_constants_is_left_in_the_file(small, plainly, tmp_path, monkeypatch):
+    monkeypatch.setattr(tagged, "MOST_DEFERRED_NBYTES", 100)
+    assert not deferred_in(gs.load(OURS[0]))
+
+
+def function(name, constants):
+    """Return an anonymous function whose TypeName is in it, of as many methods as constants."""
+
+    def struct(kind, *fields):
+        kind = {"tag": "datatype", "name": ["Core", kind], "params": []}
+        return {"tag": "struct", "type": kind, "data": [*fields]}
+
+    symbol = {"tag": "symbol", "name": name}
+    body = [*(struct("QuoteNode", constant) for constant in constants)]
+    body.append(struct("Expr", {"tag": "symbol", "name": "return"}, [body[-1]]))
+    slots = [symbol, {"tag": "symbol", "name": "x"}]
+    info = struct("CodeInfo", body, None, slots)
+    methods = [symbol, [struct("Method", symbol, 2, False, None, info)]]
+    typename = struct("TypeName", "1.5.3", symbol, [], methods)
+    kind = {"tag": "jl_anonymous", "typename": typename, "params": []}
+    return {"tag": "struct", "type": kind, "data": []}
+
+
+def test_constants_of_a_function_that_is_gone_are_not_those_of_another(small, tmp_path):
+    """The documents of its code go with it, and their ids soon belong to others."""
+    wanted = [[{"tag": "tuple", "data": [k, k + i]} for i in range(40)] for k in range(40)]
+    functions = [function(f"#{k}", constants) for k, constants in enumerate(wanted)]
+    path = tmp_path / "code.bson"
+    path.write_bytes(bson.encode({"functions": functions}))
+    made = gs.load(path, "functions")[::-1]
+    assert len(deferred_in(made)) == 40
+    for k in range(40):
+        one = made.pop()
+        assert one(1.0) == (k, k + 39)
+        del one
+
+
+def test_constants_that_functions_share_stay_shared(small, tmp_path):
+    """Also where one is a binary, a set, or a row-major array, which are told apart otherwise."""
+    turned, one = np.arange(6.0).reshape(2, 3), {1.5, 2.5}
+    gs.save(tmp_path / "kept", turned=[turned, turned], set=one)
+    content = bson.decode((tmp_path / "kept").read_bytes())
+    del content["_gpustore"], content["set"]["python"]
+    content["_backrefs"] += [content["set"]["data"][0], b"123"]
+    refs = {
+        "turned": content["turned"][0],
+        "set": {**content["set"], "data": [{"tag": "backref", "ref": 2}]},  # one for each
+        "binary": {"tag": "backref", "ref": 3},
+    }
+    content |= {key: [ref, dict(ref)] for key, ref in refs.items()}
+    for name in ("f", "g"):
+        content[name] = {key: function("#1", [[dict(ref)] * 9]) for key, ref in refs.items()}
+    (tmp_path / "code").write_bytes(bson.encode(content))
+    value = gs.load(tmp_path / "code")
+    for key in refs:
+        kept, *others = value[key]
+        others += [*value["f"][key](1), *value["g"][key](1)]
+        assert len(others) == 19 and all(other is kept for other in others), key
+
+
+def test_code_is_what_it_was_when_the_file_was_loaded(networks):
+    """Whoever rewrites the file in place, as BSON.jl does, changes and breaks nothing."""
+    value = gs.load(networks)
+    with networks.open("r+b") as file:
+        file.truncate(100)
+    args, expected = value["cases"]["conv_options"]
+    found = value["functions"]["conv_options"](*args)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_an_open_file_looks_at_no_backrefs_but_those_of_an_entry(tmp_path):
+    kind = {"tag": "datatype", "name": ["Main", "#f"], "params": []}
+    called = {"tag": "struct", "type": kind, "data": []}
+    others = [{"tag": "tuple", "data": [number]} for number in range(1000)]
+    entries = {f"f{number}": called for number in range(10)}
+    path = tmp_path / "functions.bson"
+    path.write_bytes(bson.encode({**entries, "_backrefs": others}))
+    with gs.open_file(path) as opened:
+        lifter = opened["f1"].run.lift.__self__
+        assert not lifter.memo and not lifter.source.alive
 
 
 def test_what_code_refers_to_is_what_was_loaded(networks):
