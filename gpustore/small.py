@@ -272,7 +272,7 @@ class Batch:
 
 def _parts(count: int, nbytes: int) -> Iterator[slice]:
     """Yield slices of as many of `count` arrays, of at most `nbytes` each, as are at once."""
-    at_once = max(_AT_ONCE_NBYTES // max(nbytes, 1), 1)
+    at_once = _AT_ONCE_NBYTES // max(nbytes, 64)  # with the zeros between them
     for start in range(0, count, at_once):
         yield slice(start, start + at_once)
 

@@ -59,12 +59,16 @@ def read(scanner: Any, start: int, end: int, depth: int) -> dict[str, Any] | Non
         return None
     if is_array:
         return _array(scanner, first, after_type, after, end) if name == _SIZE else None
-    # those of no fields, and around an array; others are faster with the codec
+    if name != _FIELDS:
+        return None
+    if scanner.is_lazy and after - after_type > DEFERRED_NBYTES:
+        node = _code(scanner, first, after_type, after, end, depth)
+        if node is not None:
+            return node
+    # those of no fields, around an array, and large ones; others are faster with the codec
     is_around = buffer[after_type + 17 : after_type + 17 + len(ARRAY_HEAD)] == ARRAY_HEAD
-    if name == _FIELDS and (is_around or after == after_type + 11):
-        return _struct(scanner, first, after_type, after, end, depth)
-    is_long = scanner.is_lazy and name == _FIELDS and after - after_type > DEFERRED_NBYTES
-    return _code(scanner, first, after_type, after, end, depth) if is_long else None
+    is_for_here = is_around or after == after_type + 11 or end - start >= scanner.slot_nbytes
+    return _struct(scanner, first, after_type, after, end, depth) if is_for_here else None
 
 
 def _code(
