@@ -31,6 +31,7 @@ from gpustore.likeness import OF_ONE_FILE
 _TYPE_HEAD = b"\x02tag\0\x09\0\0\0datatype\0"
 _SIZE, _FIELDS, _PADDING = b"\x04size\0", b"\x04data\0", b"\x05_\0"
 _BACKREF, _TYPE_NAME = b"\x02tag\0\x08\0\0\0backref\0", b"\x09\0\0\0TypeName\0"
+_SYMBOL = b"\x02tag\0\x07\0\0\0symbol\0"
 _TEXT, _DOCUMENT, _LIST = 2, 3, 4
 _PAIR = struct.Struct("<q8xq")  # of a place: its offset and size
 _TYPE_NBYTES = 256  # smaller ones are faster with the codec
@@ -77,8 +78,7 @@ def _code(
     """Return the TypeName of an anonymous function from its type on, its methods deferred.
 
     BSON.jl writes it as a struct (src/anonymous.jl): the version of Julia comes first, the methods
-    last. Its type may be a backref; of a struct that is like it but for that, the last is deferred
-    too.
+    last. Its type may be a backref: then it is known by how it begins.
     """
     buffer, fields = scanner.buffer, after_type + 6
     is_backref = buffer[first + 4 : first + 4 + len(_BACKREF)] == _BACKREF
@@ -90,9 +90,15 @@ def _code(
         spans = scanner.spans(fields)
     except FormatError:  # the plain way says more, and knows of names that are not looked at
         return None
-    *others, (kind, methods, stop) = spans.values() if spans else [(0, 0, 0)]
+    if spans is None or len(spans) < 3:
+        return None
+    (_, version, _), (_, name, _), *_, (kind, methods, stop) = spans.values()
     if kind != _LIST or not DEFERRED_NBYTES <= stop - methods <= MOST_DEFERRED_NBYTES:
         return None
+    begins = b"0" <= buffer[version + 4 : version + 5] <= b"9"
+    if not begins or buffer[name + 4 : name + 4 + len(_SYMBOL)] != _SYMBOL:
+        return None
+    others = [*spans.values()][:-1]
     julia_type, _ = scanner.value(_DOCUMENT, first, after_type, depth)
     values = [scanner.value(kind, begin, limit, depth + 1)[0] for kind, begin, limit in others]
     values.append(scanner.deferred(methods, stop, depth + 2))

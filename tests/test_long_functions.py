@@ -243,6 +243,9 @@ CASES = {
     "no end": (raw(USUAL, b"\1"), False),
     "two ends": (raw(USUAL, b"\0\0"), False),
     "no version": (raw([*USUAL[:2], ("data", [1, *FIELDS[1:]])]), False),
+    "another text first": (raw([*USUAL[:2], ("data", ["name", *FIELDS[1:]])]), False),
+    "no symbol second": (raw([*USUAL[:2], ("data", ["1.5.3", {"tag": "tuple"}, LONG])]), False),
+    "two fields": (raw([*USUAL[:2], ("data", ["1.5.3", LONG])]), False),
     "short methods": (raw([*USUAL[:2], ("data", [*FIELDS[:2], ["m"]])]), False),
     "a text last": (raw([*USUAL[:2], ("data", [*FIELDS[:2], "m" * 300])]), False),
     "one field": (raw([*USUAL[:2], ("data", ["1.5.3"])]), False),
@@ -353,6 +356,21 @@ def test_an_open_file_looks_at_no_backrefs_but_those_of_an_entry(tmp_path):
     with gs.open_file(path) as opened:
         lifter = opened["f1"].run.lift.__self__
         assert not lifter.memo and not lifter.source.alive
+
+
+def test_a_copy_of_a_function_has_captured_values_of_its_own():
+    closure = gs.load(FIXTURES / "julia" / "functions_v1.bson", "closure")
+    copied = copy.deepcopy(closure)
+    assert copied is not closure and listing.rendered(copied) == listing.rendered(closure)
+    arrays = [
+        [part for part in one.captured if isinstance(part, np.ndarray)] for one in (closure, copied)
+    ]
+    assert arrays[0] and not np.shares_memory(arrays[0][0], arrays[1][0])
+    x = np.ones(arrays[0][0].shape[1], "f4")
+    before = closure(x)
+    assert np.array_equal(copied(x), before)
+    arrays[1][0][:] = 0
+    assert np.array_equal(closure(x), before) and not np.array_equal(copied(x), before)
 
 
 def test_what_code_refers_to_is_what_was_loaded(networks):
