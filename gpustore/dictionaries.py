@@ -40,7 +40,7 @@ def lift_dict(lifter: Any, node: Any, julia_type: Any, content: Any, path: str) 
     """Lift [keys, values]; either is an array document where its type is a bits type."""
     if len(content) != 2 or len(julia_type.params) != 2:
         return NotImplemented
-    raw_keys, raw_values = (specs.once(lifter, part, path) for part in content)
+    raw_keys, raw_values = (lifter.once(part, path) for part in content)
     is_plain = DICT.is_same(julia_type) and type(raw_keys) is type(raw_values) is list
     if is_plain and all(type(key) is str for key in raw_keys):
         is_plain = not is_document(dict(zip(raw_keys, raw_values, strict=False)))
@@ -131,7 +131,7 @@ def lift_set(lifter: Any, node: Any, julia_type: Any, content: Any, path: str) -
     known = lifter.memo.get(~id(inner))  # Julia's Set is nothing but its dictionary: one, one set
     if known is not None:
         return known
-    specs.once(lifter, fields[0], path)
+    lifter.once(fields[0], path)
     members = _lift_members(lifter, fields[0], julia_type.params[0], path)
     try:
         if not _are_told_apart(members or ()):

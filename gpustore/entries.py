@@ -70,6 +70,7 @@ def entries_of(
     finally:
         if lifter.lock is not None:
             lifter.forget()
+            lifter.alike = {}
 
 
 def _wanted(

@@ -7,7 +7,6 @@ cycles of the file are those of the result. A type that has no Python twin stays
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,20 +30,19 @@ from gpustore.julia import (
 )
 from gpustore.kinds import StructKind
 from gpustore.layout import STAMP
+from gpustore.memo import Memo
 from gpustore.rows import FEWEST
 from gpustore.values import BARE, Entries, with_origin
 
 RESERVED = ("_backrefs", STAMP)
 _GPU_ARRAYS = ("CuArray", "ROCArray", "MtlArray", "oneArray")
-MAX_SHARED = 100_000
-MAX_WEIGHT = 1_000_000
 _ATOMS = frozenset((str, float, bool, type(None)))
 _UNKNOWN = object()
 _COMPOSED = ("Base.Fix1", "Base.Fix2", "Base.ComposedFunction")
 _OPAQUETAGS = ("unionall", "ref", "svec", "jl_anonymous", "jl_bottom_type")
 
 
-class Lifter:
+class Lifter(Memo):
     """Lifts the parts of one document; `make_array(spec, path)` builds each array.
 
     `make_row(spec, payloads)` may build those of a row alike at once, of which `spec` is the first.
@@ -64,24 +62,18 @@ class Lifter:
         backrefs = document.get("_backrefs", [])
         if not isinstance(backrefs, list):
             raise FormatError(f"{name}: _backrefs: expected a list")
-        self.source = Source(name, backrefs, read)
-        self.resolve, self.malformed = self.source.resolve, self.source.malformed
+        super().__init__(Source(name, backrefs, read))
         self.make_array, self.make_row, self.read, self.name = make_array, make_row, read, name
         self.functions = functions or {}
         if functions:
             self.functions = {name.replace(".#", "."): f for name, f in functions.items()}
         self.alike = alike or {}
-        self.memo: dict[int, Any] = {}  # id of a document or list, -n of backref n -> its value
         self.types: dict[Any, JuliaType] = {}
         # what is known of types and sizes that documents share, by ids of what is kept beside it
         self.heads: dict[tuple[int, Any], tuple[Any, ...]] = {}
         self.datatypes: dict[int, tuple[Any, JuliaType]] = {}
         self.dtypes = dict(NATIVE_DTYPES)  # of element types without parameters
         self.int64 = int64()
-        self.shared = 0  # elements and bytes of lists and binaries that are parts of several values
-        self.parts: dict[int, None] = {}  # ids of those that `once` was asked about
-        self.parents: dict[int, Any] = {}  # id of an array document -> it in row-major order
-        self.weights: dict[int, tuple[int, Any]] = {}  # of tuples that hold tuples
         self.has_lost = False  # whether a LostArray was made
         self.spelling: set[str] = set()  # of Core and Base, those that the file calls Main's
         self.lock: threading.Lock | None = None  # where functions were made, which keep this
@@ -169,24 +161,6 @@ class Lifter:
             raise self.malformed(path, f"`{key}` of a {node['tag']} document is {what}")
         return found
 
-    def part(self, node: Any, path: str) -> Any:
-        """Return what a node stands for; lists and binaries that several values share are counted.
-
-        Else few bytes could stand for many: BSON.jl never shares the list of a struct's fields.
-        """
-        found = self.resolve(node, path)
-        if found is not node and not isinstance(found, dict):
-            self.count_shared(found, path)
-        return found
-
-    def count_shared(self, found: Any, path: str) -> None:
-        sized = isinstance(found, (list, str, bytes, Slot))
-        self.shared += specs.nbytes_of(found) if sized else 0
-        if self.shared > MAX_SHARED:
-            raise self.malformed(
-                path, f"values share parts of more than {MAX_SHARED} elements or bytes in all"
-            )
-
     def mapping(self, node: dict[str, Any], path: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
         self.memo[id(node)] = values
@@ -223,12 +197,7 @@ class Lifter:
         parts = self.field(node, "data", list, path)
         clones.lift_alike(self, parts, lambda index: f"{path}[{index}]")
         made = tuple(self.value(child, f"{path}[{i}]") for i, child in enumerate(parts))
-        inner = [part for part in made if type(part) is tuple]
-        if inner:  # hashing and comparing go through all of it, however much is shared
-            weight = len(made) + sum(self.weights.get(id(part), (len(part),))[0] for part in inner)
-            if weight > MAX_WEIGHT:
-                raise self.malformed(path, f"a tuple of tuples has more than {MAX_WEIGHT} parts")
-            self.weights[id(made)] = weight, made
+        self.weigh(made, path)
         return made
 
     def opaque(self, node: dict[str, Any], path: str) -> OpaqueDocument:
@@ -300,20 +269,6 @@ class Lifter:
                 return self.value(node, path)
             finally:
                 self.forget(since)
-
-    def forget(self, since: tuple[int, int, int] = (0, 0, 0)) -> None:
-        """Let go of what is known of documents that may be gone; backrefs stay, and what they are.
-
-        Their ids may soon be those of others. All from `since` on is looked at.
-        """
-        for known, count in zip((self.memo, self.parents, self.parts), since, strict=True):
-            for key in [*itertools.islice(reversed(known), len(known) - count)]:
-                if key not in self.source.alive:
-                    del known[key]
-        if since == (0, 0, 0):
-            values = {*map(id, self.memo.values())}
-            self.weights = {key: self.weights[key] for key in self.weights.keys() & values}
-            self.alike = {}
 
     def children(self, content: Any, path: str) -> list[Any]:
         if not isinstance(content, list):

@@ -29,16 +29,6 @@ MAX_RANK = 32
 _DEVICE_TAG = r"cuda:(0|[1-9][0-9]{0,2})"
 
 
-def once(lifter: Any, node: Any, path: str) -> Any:
-    """Return what a node stands for; one of which several values are made is counted each time."""
-    found = lifter.resolve(node, path)
-    payload = found.get("data") if isinstance(found, dict) else found
-    if id(found) in lifter.parts:
-        lifter.count_shared(lifter.resolve(payload, path), path)
-    lifter.parts[id(found)] = None
-    return found
-
-
 def lift_alike(lifter: Any, nodes: Collection[Any]) -> None:
     """Lift arrays of which many are alike into the memo, without making a spec for each."""
     if lifter.make_row is not None and len(nodes) >= rows.FEWEST:

@@ -166,7 +166,7 @@ def lower_range(lowerer: Any, value: range, path: str) -> Any:
 
 def lift_bit_array(lifter: Any, node: Any, julia_type: Any, content: Any, path: str) -> Any:
     """Lift [chunks, len, dims] as a boolean array; the dims of a BitVector are meaningless."""
-    chunks = specs.once(lifter, content[0], path) if len(content) == 3 else None
+    chunks = lifter.once(content[0], path) if len(content) == 3 else None
     if not isinstance(chunks, dict) or chunks.get("tag") != "array" or len(julia_type.params) != 1:
         return NotImplemented
     spec = specs.array_spec(lifter, chunks, path)

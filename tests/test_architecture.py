@@ -71,6 +71,7 @@ ORDER = [
     "datatypes",
     "dictionaries",
     "twins",
+    "memo",
     "clones",
     "lift",
     "typeof",
